@@ -1,0 +1,120 @@
+"""The choice of an upstream for one exchange: the ladder, from the token down to the policy.
+
+`choose` decides and returns; it writes no cookie, moves no session and opens no connection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from stickyproxy.affinity.policy import choose_rendezvous
+from stickyproxy.affinity.snapshot import AdminState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stickyproxy.affinity.policy import Chance
+    from stickyproxy.affinity.sessions import Session
+    from stickyproxy.affinity.snapshot import Snapshot, Upstream
+
+
+class Outcome(StrEnum):
+    """How the upstream of an exchange was found; the label values of `affinity_total`."""
+
+    HIT = "hit"  # the token's upstream
+    NEW = "new"  # no token: placed by the policy and pinned
+    INVALID = "invalid"  # forged, cut or unknown token: treated as new
+    EXPIRED = "expired"  # the token's lifetime is over: treated as new
+    REDISPATCHED = "redispatched"  # the pin was broken and another upstream chosen
+    ADDRESS = "address"  # hashed from the client's address
+    UNPINNED = "unpinned"  # affinity by cookie is off: placed by the policy alone
+    WAIT = "wait"  # the pinned upstream cannot be used: hold the request until it is back
+    REFUSED = "refused"  # the pinned upstream cannot be used, and the file says not to look for another
+    NONE = "none"  # no upstream can be used
+
+
+class BreakReason(StrEnum):
+    """Why a pin was broken; the label values of `affinity_breaks_total`."""
+
+    REFUSED = "refused"  # nothing listens at its address any more
+    REMOVED = "removed"  # it is no longer in the configuration
+    MAINT = "maint"  # the operator took it out
+    UNREACHABLE = "unreachable"  # this exchange tried it in vain
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided: `upstream` is None for WAIT, REFUSED and NONE; `broken` says why a pin ends, if one does."""
+
+    upstream: Upstream | None
+    outcome: Outcome
+    broken: BreakReason | None = None
+
+
+NO_CHOICE: Final = Choice(None, Outcome.NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the slow path asks: who is it, and what was tried already.
+
+    `token` says how the token looked where there is no session; `address_key` is the client's address where the last
+    rung of the ladder may be used; `tried` holds the digests of upstreams that this exchange found dead.
+    """
+
+    session: Session | None
+    token: Outcome = Outcome.NEW
+    address_key: bytes | None = None
+    tried: frozenset[bytes] = frozenset()
+    has_waited: bool = False
+
+
+def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callable[[Upstream], float]) -> Choice:
+    """Choose an upstream; `load` gives the sessions of one. O(1) for a pin that holds, O(n) for a new client."""
+    if question.session is None:
+        return _place(snapshot, question, chance, load)
+    pinned = snapshot.by_digest.get(question.session.digest)
+    reason = _why_broken(pinned, question)
+    if reason is None:
+        return Choice(pinned, Outcome.HIT)
+    if reason is not BreakReason.REMOVED:
+        if snapshot.rules.on_unavailable == "refuse":
+            return Choice(None, Outcome.REFUSED)
+        if snapshot.rules.on_unavailable == "wait" and not question.has_waited:
+            return Choice(None, Outcome.WAIT)
+    candidates = _untried(snapshot, question)
+    if not candidates:
+        return NO_CHOICE
+    return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
+
+
+def _why_broken(pinned: Upstream | None, question: Question) -> BreakReason | None:
+    if pinned is None:
+        return BreakReason.REMOVED
+    if pinned.admin is AdminState.MAINT:
+        return BreakReason.MAINT
+    if pinned.is_refused:
+        return BreakReason.REFUSED
+    return BreakReason.UNREACHABLE if pinned.digest in question.tried else None
+
+
+def _place(snapshot: Snapshot, question: Question, chance: Chance, load: Callable[[Upstream], float]) -> Choice:
+    candidates = _untried(snapshot, question)
+    if not candidates:
+        return NO_CHOICE
+    if question.address_key is not None:
+        return Choice(choose_rendezvous(candidates, question.address_key), Outcome.ADDRESS)
+    outcome = question.token if snapshot.rules.has_cookie else Outcome.UNPINNED
+    return Choice(chance.choose(snapshot, candidates, load), outcome)
+
+
+def _untried(snapshot: Snapshot, question: Question) -> tuple[Upstream, ...]:
+    """Return the upstreams for a new client; once all were tried, the ready ones that the guard left out."""
+    if not question.tried:
+        return snapshot.candidates
+    left = tuple(u for u in snapshot.candidates if u.digest not in question.tried)
+    return left or tuple(
+        u for u in snapshot.upstreams if u.admin is AdminState.READY and u.digest not in question.tried
+    )

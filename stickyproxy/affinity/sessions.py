@@ -1,0 +1,152 @@
+"""The sessions known here: which client is pinned where, and who is active.
+
+A session is a pin in use. It begins when its client comes back with the token that it was given (a first hit alone is
+no session: probes and crawlers never come back) or opens a tunnel, and ends `idle_s` after its last request once
+nothing of it is open. The table also spares the MAC: a token value seen before is found by a dictionary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from typing_extensions import override
+
+from stickyproxy.affinity.token import Token
+
+if TYPE_CHECKING:
+    from stickyproxy.affinity.token import Lifetimes, TokenCodec
+
+_MAX_VERIFIED: Final = 1 << 16  # token values remembered; about 20 MB, beyond it one MAC is computed again
+_MAX_EXPIRED_AT_ONCE: Final = 10_000  # a few ms
+
+
+class Session:
+    """One client's pin, as this process knows it.
+
+    `digest` names its upstream, `pinned_at` is wall-clock seconds, `open` counts its exchanges and tunnels under way,
+    `active_at` is the coarse monotonic time of its last request.
+    """
+
+    __slots__ = ("active_at", "client_id", "digest", "open", "pinned_at")
+
+    def __init__(self, client_id: bytes, digest: bytes, pinned_at: int) -> None:
+        self.client_id = client_id
+        self.digest = digest
+        self.pinned_at = pinned_at
+        self.open = 0
+        self.active_at = 0.0
+
+    @override
+    def __repr__(self) -> str:
+        return f"<Session {self.client_id.hex()} at {self.digest.hex()} open={self.open}>"
+
+
+class Presented:
+    """A token value that was verified: its session, and what the token itself says."""
+
+    __slots__ = ("digest", "expires_at", "refresh_at", "session")
+
+    def __init__(self, session: Session, digest: bytes, expires_at: float, refresh_at: float) -> None:
+        self.session = session
+        self.digest = digest
+        self.expires_at = expires_at
+        self.refresh_at = refresh_at
+
+
+class SessionTable:
+    """All sessions of one cluster. Times called `now` are coarse monotonic seconds, `wall` seconds since 1970.
+
+    `refresh_s` is the age at which a token is written anew, so that idle and cookie lifetimes count from the last
+    visit; None when nothing needs it.
+    """
+
+    def __init__(
+        self, codec: TokenCodec, lifetimes: Lifetimes, *, idle_s: float, refresh_s: float | None = None
+    ) -> None:
+        self._codec = codec
+        self._lifetimes = lifetimes
+        self._idle_s = idle_s
+        self._refresh_s = refresh_s if refresh_s is not None else float("inf")
+        self._verified: OrderedDict[bytes, Presented] = OrderedDict()
+        self._active: OrderedDict[bytes, Session] = OrderedDict()  # by client id, longest unused first
+        self.counts: dict[bytes, int] = {}
+        """Active sessions by upstream digest."""
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def present(self, value: bytes, wall: float) -> Presented | None:
+        """Return what a token value stands for, or None where it is invalid; one look-up if it was seen before."""
+        presented = self._verified.get(value)
+        if presented is None:
+            token = self._codec.parse(value, wall)
+            if token is None:
+                return None
+            presented = self._remember(value, token)
+        return presented
+
+    def _remember(self, value: bytes, token: Token) -> Presented:
+        session = self._active.get(token.client_id)
+        if session is None:
+            session = Session(token.client_id, token.digest, token.pinned_at)
+        elif token.pinned_at > session.pinned_at:
+            self.move(session, token.digest, token.pinned_at)  # another replica has moved it since
+        presented = Presented(session, token.digest, self._lifetimes.expires_at(token), token.seen_at + self._refresh_s)
+        if len(self._verified) >= _MAX_VERIFIED:
+            self._verified.popitem(last=False)
+        self._verified[value] = presented
+        return presented
+
+    def touch(self, session: Session, now: float) -> None:
+        """Count the session as active now; called at most once for each tick of `now`."""
+        session.active_at = now
+        known = self._active.get(session.client_id)
+        if known is session:
+            self._active.move_to_end(session.client_id)
+            return
+        if known is not None:  # the same client, forgotten and known again by another of its tokens
+            session.digest, session.pinned_at = known.digest, known.pinned_at
+            self._count(known.digest, -1)
+        self._active[session.client_id] = session
+        self._active.move_to_end(session.client_id)
+        self._count(session.digest, +1)
+
+    def begin(self, client_id: bytes, digest: bytes, wall: float) -> Session:
+        """Return a new session that is not counted as active until it is touched."""
+        return Session(client_id, digest, int(wall))
+
+    def move(self, session: Session, digest: bytes, wall: float) -> None:
+        """Pin the session to another upstream."""
+        if self._active.get(session.client_id) is session:
+            self._count(session.digest, -1)
+            self._count(digest, +1)
+        session.digest = digest
+        session.pinned_at = int(wall)
+
+    def write_token(self, session: Session, wall: float) -> bytes:
+        """Return the cookie value for the session as it is pinned now."""
+        token = Token(session.digest, session.client_id, session.pinned_at, int(wall))
+        return self._codec.write(token)
+
+    def expire(self, now: float) -> None:
+        """End the sessions that have been idle too long; bounded work, so it is called again and again."""
+        for _ in range(_MAX_EXPIRED_AT_ONCE):
+            if not self._active:
+                return
+            client_id, session = next(iter(self._active.items()))
+            if session.open:
+                session.active_at = now
+                self._active.move_to_end(client_id)
+            elif session.active_at + self._idle_s <= now:
+                del self._active[client_id]
+                self._count(session.digest, -1)
+            else:
+                return
+
+    def _count(self, digest: bytes, change: int) -> None:
+        count = self.counts.get(digest, 0) + change
+        if count:
+            self.counts[digest] = count
+        else:
+            self.counts.pop(digest, None)

@@ -1,0 +1,115 @@
+"""The commands. Errors are one clear line on standard error: exit 2 for what the operator gave, 1 for the rest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import uvloop
+
+from stickyproxy import __version__
+from stickyproxy.config import Config, json_schema, load_file, with_overrides
+from stickyproxy.control.supervisor import serve as run_proxy
+from stickyproxy.demo.launcher import Demo, DemoError, banner
+from stickyproxy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stickyproxy.config import Address
+
+_DEFAULT_LISTEN = "127.0.0.1:8080"
+_DEFAULT_ADMIN = "127.0.0.1:9090"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Let several single-worker processes of a stateful web app serve one site.
+
+    Each client is pinned to one of them; HTTP and WebSocket are relayed.
+    """
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn an error of the operator into lines on standard error and exit status 2."""
+    try:
+        yield
+    except UsageError as error:
+        for line in str(error).splitlines():
+            click.echo(f"stickyproxy: {line}", err=True)
+        sys.exit(2)
+    except DemoError as error:
+        click.echo(f"stickyproxy: {error}", err=True)
+        sys.exit(1)
+
+
+def _set_up_log(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+@main.command()
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="The YAML file; optional with URLs.")
+@click.option("--listen", metavar="ADDRESS", help=f"Where clients connect (default {_DEFAULT_LISTEN}).")
+@click.option("--admin", metavar="ADDRESS", help=f"The admin listener (default {_DEFAULT_ADMIN}), or off.")
+@click.option("--workers", type=int, help="Processes of the data plane; this version runs 1.")
+@click.argument("urls", nargs=-1, metavar="[URL ...]")
+def serve(
+    config_file: Path | None, listen: str | None, admin: str | None, workers: int | None, urls: tuple[str, ...]
+) -> None:
+    """Serve the upstreams of a file, or those named by URL, until SIGTERM or Ctrl-C."""
+    with _clear_errors():
+        config = load_file(config_file, os.environ) if config_file is not None else Config()
+        config = with_overrides(config, urls=urls, listen=listen, admin=admin, workers=workers)
+        _set_up_log(config.log_level)
+        uvloop.run(run_proxy(config))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> None:
+    """Say whether a configuration file is right; if not, every mistake with its line (exit status 2)."""
+    with _clear_errors():
+        config = load_file(file, os.environ)
+        click.echo(f"{file}: right; {len(config.upstreams)} upstreams, {len(config.listeners)} listeners")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration file, for editors."""
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"stickyproxy {__version__}")
+
+
+@main.command()
+@click.option("--listen", metavar="ADDRESS", default=_DEFAULT_LISTEN, show_default=True, help="Where to open the demo.")
+@click.option("--admin", metavar="ADDRESS", default=_DEFAULT_ADMIN, show_default=True, help="The admin listener.")
+def demo(listen: str, admin: str) -> None:
+    """Run three small stateful apps behind the proxy, and see in a browser what affinity is."""
+    with _clear_errors():
+        _set_up_log("warning")
+        uvloop.run(_run_demo(listen, admin))
+
+
+async def _run_demo(listen: str, admin: str) -> None:
+    admin_url = f"http://{admin}"
+    async with Demo(admin_url=admin_url) as apps:
+
+        def greet(addresses: list[Address]) -> None:
+            click.echo(banner(f"http://{addresses[0]}", admin_url, apps.names))
+
+        await run_proxy(with_overrides(Config(), urls=apps.urls, listen=listen, admin=admin), greet)

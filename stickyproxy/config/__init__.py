@@ -1,0 +1,45 @@
+"""The configuration: YAML in, one frozen `Config` out, or every mistake with its line.
+
+Others import from here. `load.py` is the entry, `schema.py` the whole; `document.py` reads YAML, `fields.py`,
+`units.py`, `address.py` and `secret.py` read single values, `explain.py` words the mistakes.
+"""
+
+from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
+from stickyproxy.config.affinity import Affinity, Cookie, OnUnavailable
+from stickyproxy.config.errors import ConfigError, ConfigErrors
+from stickyproxy.config.health import Health, Probe, StatusRange
+from stickyproxy.config.limits import Limits, Timeouts
+from stickyproxy.config.load import json_schema, load_file, load_text
+from stickyproxy.config.overrides import with_overrides
+from stickyproxy.config.schema import AccessLog, Admin, Config, Listener, Upstream
+from stickyproxy.config.trust import Forwarded, TrustedProxies
+from stickyproxy.config.units import parse_duration, parse_size
+
+__all__ = [
+    "AccessLog",
+    "Address",
+    "Admin",
+    "Affinity",
+    "Config",
+    "ConfigError",
+    "ConfigErrors",
+    "Cookie",
+    "Forwarded",
+    "Health",
+    "Limits",
+    "Listener",
+    "OnUnavailable",
+    "Probe",
+    "StatusRange",
+    "Timeouts",
+    "TrustedProxies",
+    "Upstream",
+    "json_schema",
+    "load_file",
+    "load_text",
+    "parse_duration",
+    "parse_listener",
+    "parse_size",
+    "parse_upstream_url",
+    "with_overrides",
+]

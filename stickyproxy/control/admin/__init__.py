@@ -1,0 +1,1 @@
+"""The admin listener: metrics, liveness, state, and the calls that change it."""

@@ -1,0 +1,63 @@
+"""The secret that signs tokens where the file names none: made once, kept in the state directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from stickyproxy.errors import UsageError
+
+logger = logging.getLogger(__name__)
+_MIN_BYTES = 32
+
+
+def state_directory(configured: str | None) -> Path:
+    """Return where state is kept: as configured, or as systemd or the XDG base directories say."""
+    if configured is not None:
+        return Path(configured)
+    if directory := os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5), StateDirectory=
+        return Path(directory.split(":", maxsplit=1)[0])
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "stickyproxy"
+
+
+def load_or_make_secret(directory: Path) -> bytes:
+    """Return the secret kept in a directory, making it (mode 0600) where there is none; raise UsageError.
+
+    Where the directory cannot be written the secret lasts as long as the process, and the log says so.
+    """
+    path = directory / "secret"
+    try:
+        return _load(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(f"cannot read the secret {path}: {(error.strerror or str(error)).lower()}") from error
+    secret = secrets.token_urlsafe(32).encode()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _load(path)  # another proxy made it just now
+    except OSError as error:
+        logger.warning(
+            "cannot keep a secret in %s (%s): pins will not outlive this process; set affinity.secrets",
+            directory,
+            error.strerror,
+        )
+        return secret
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+    logger.info("made a secret in %s; for several replicas set the same affinity.secrets on each", path)
+    return secret
+
+
+def _load(path: Path) -> bytes:
+    secret = path.read_bytes().rstrip(b"\r\n")
+    if len(secret) < _MIN_BYTES:
+        raise UsageError(
+            f"the secret {path} is too short ({len(secret)} bytes): remove the file to have a new one made"
+        )
+    return secret

@@ -1,0 +1,124 @@
+"""The supervisor: starts everything in order, waits for a signal, and stops everything in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from stickyproxy.control.admin.app import AdminListener
+from stickyproxy.control.probe import Prober
+from stickyproxy.control.readings import Readings
+from stickyproxy.control.routing import Routing
+from stickyproxy.control.secret import load_or_make_secret, state_directory
+from stickyproxy.control.worker import Worker
+from stickyproxy.errors import UsageError
+from stickyproxy.observe.access_log import AccessLog
+from stickyproxy.proxy.listener import bind
+from stickyproxy.tasks import spawn
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from stickyproxy.affinity.health import HealthEvent
+    from stickyproxy.config import Address, Config
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """One running proxy. `stop` may be called at any time; the second call stops at once."""
+
+    def __init__(self, config: Config) -> None:
+        if not config.upstreams:
+            raise UsageError("no upstreams: name them in the file or as URLs on the command line")
+        self._config = config
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self.addresses: list[Address] = []
+        """Where it listens, once it does; with the ports that the system chose for port 0."""
+
+    def stop(self) -> None:
+        """Stop in an orderly way; called again: at once."""
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    async def run(self, on_ready: Callable[[list[Address]], None] | None = None) -> None:
+        """Serve until stopped; raise UsageError, with nothing left running, where it cannot start."""
+        config = self._config
+        async with AsyncExitStack() as stack:
+            bound = _bind_all([one.address for one in config.listeners], stack)
+            admin_bound = _bind_all([config.admin.address], stack)[0] if config.admin is not None else None
+            self.addresses = [_real_address(address, link) for address, link in bound]
+            secrets = config.affinity.secrets or (load_or_make_secret(state_directory(config.state_directory)),)
+            access_log = AccessLog(config.access_log) if config.access_log is not None else None
+            if access_log is not None:
+                access_log.start()
+                stack.callback(access_log.close)
+
+            routing: Routing
+
+            def report(upstream_id: str, event: HealthEvent) -> None:
+                routing.report(upstream_id, event)
+
+            worker = Worker(config, secrets, report=report, log=access_log.write if access_log is not None else None)
+            stack.callback(worker.close)
+            routing = Routing(config, worker.plane.publish)
+            prober = Prober(config.health, routing)
+            stack.push_async_callback(prober.stop)
+            prober.start()
+            readings = Readings(worker, routing, prober, access_log)
+            if config.admin is not None and admin_bound is not None:
+                admin = AdminListener(config.admin, readings, routing)
+                stack.push_async_callback(admin.stop)
+                await admin.start(admin_bound[1])
+            await worker.listen(bound)
+            readings.is_ready = True
+            logger.info(
+                "serving %d upstreams on %s", len(config.upstreams), ", ".join(str(one) for one in self.addresses)
+            )
+            if on_ready is not None:
+                on_ready(self.addresses)
+            await self._stop.wait()
+            readings.is_ready = False
+            logger.info("stopping: %d tunnels are open", len(worker.plane.tunnels))
+            await self._drain(worker)
+
+    async def _drain(self, worker: Worker) -> None:
+        draining = spawn(worker.drain(self._config.grace_s), "drain")
+        at_once = spawn(self._stop_now.wait(), "second signal")
+        await asyncio.wait((draining, at_once), return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, at_once):
+            task.cancel()
+
+
+def _bind_all(addresses: list[Address], stack: AsyncExitStack) -> list[tuple[Address, socket.socket]]:
+    """Bind all addresses or none: a proxy that serves on half of its listeners would be worse than one that fails."""
+    bound = []
+    for address in addresses:
+        link = bind(address)
+        stack.callback(link.close)
+        link.setblocking(False)
+        bound.append((address, link))
+    return bound
+
+
+def _real_address(address: Address, link: socket.socket) -> Address:
+    return address if address.is_unix else type(address)(host=address.host, port=link.getsockname()[1])
+
+
+async def serve(config: Config, on_ready: Callable[[list[Address]], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal stops at once. Raises UsageError where it cannot start."""
+    supervisor = Supervisor(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop)
+    try:
+        await supervisor.run(on_ready)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,1 @@
+"""The data plane, in the order of the path: listener, downstream, exchange, upstream, pool, relay, tunnel, respond."""

@@ -1,0 +1,303 @@
+"""A client's connection: reads request heads, one exchange after the other, and closes in an orderly way.
+
+| state     | what it is                                    | ends with                                   |
+|-----------|-----------------------------------------------|---------------------------------------------|
+| idle      | no exchange, nothing held                     | first byte of a head; keep-alive timeout    |
+| head      | part of a head is held                        | a whole head; head timeout (408)            |
+| exchange  | an exchange is under way                      | its end                                     |
+| lingering | answered and half-closed; what comes is lost  | the client's end of file; linger timeout    |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import struct
+from typing import TYPE_CHECKING, cast
+
+from typing_extensions import override
+
+from stickyproxy.errors import RequestError
+from stickyproxy.observe.record import Record
+from stickyproxy.proxy.exchange import Exchange
+from stickyproxy.proxy.respond import write_error
+from stickyproxy.wire.head import find_head_end, parse_request_head
+
+if TYPE_CHECKING:
+    from stickyproxy.errors import ExchangeError
+    from stickyproxy.proxy.listener import Listener
+    from stickyproxy.proxy.plane import Plane
+    from stickyproxy.wire.forwarded import ForwardedWriter
+
+
+class Downstream(asyncio.Protocol):
+    """One client's connection. `deadline` is the coarse monotonic time at which `on_deadline` is due."""
+
+    __slots__ = (
+        "_eof",
+        "_held",
+        "_is_lingering",
+        "_is_paused",
+        "_listener",
+        "deadline",
+        "exchange",
+        "forwarded",
+        "plane",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+    forwarded: ForwardedWriter
+
+    def __init__(self, plane: Plane, listener: Listener) -> None:
+        self.plane = plane
+        self._listener = listener
+        self.exchange: Exchange | None = None
+        self.deadline = math.inf
+        self._held: bytearray | None = None
+        self._eof = False
+        self._is_paused = False
+        self._is_lingering = False
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.forwarded = self._listener.forwarded_writer(transport)
+        plane = self.plane
+        plane.downstreams.add(self)
+        plane.counters.connections += 1
+        self.deadline = plane.now + plane.settings.timeouts.head_s
+        if plane.is_stopping:
+            self.transport.close()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is not None:
+            if exchange.is_reading_request:
+                exchange.on_request_body(data)
+            else:
+                self.hold(data)
+        elif self._is_lingering:
+            pass
+        elif self._held is None:
+            self._begin(data, find_head_end(data))
+        else:
+            start = max(0, len(self._held) - 3)
+            self._held += data
+            self._begin_held(start)
+
+    def _begin_held(self, start: int = 0) -> None:
+        held = self._held
+        if held is None:
+            return
+        end = find_head_end(held, start)
+        if end < 0:
+            self._wait_for_head(start)
+            return
+        self._held = None
+        self._begin(bytes(held), end)
+
+    def _begin(self, data: bytes, end: int) -> None:
+        """Begin the exchange whose head ends at `end`, or wait for more of it."""
+        if data[0] == 0x0D and data[:2] == b"\r\n":  # one empty line before a request (RFC 9112, section 2.2)
+            data = data[2:]
+            end = find_head_end(data)
+            if not data:
+                return
+        if end < 0:
+            self._held = bytearray(data)
+            self._wait_for_head(0)
+            return
+        try:
+            head = parse_request_head(data, end, self.plane.settings.head)
+        except RequestError as error:
+            self.refuse(error)
+            return
+        self.exchange = exchange = Exchange(self.plane, self, head)
+        exchange.start(data[end:])
+
+    def _wait_for_head(self, checked: int) -> None:
+        """Check what has come of a head so far, so that rubbish is refused at once and not at the timeout."""
+        plane, held = self.plane, self._held
+        if held is None:
+            return
+        limits = plane.settings.head
+        if checked == 0:
+            self.deadline = plane.now + plane.settings.timeouts.head_s
+        line_feed = held.find(b"\n", checked)
+        if len(held) > limits.head_bytes:
+            self.refuse(RequestError("the request head is too large", status=431))
+        elif (line_feed == 0 or (line_feed > 0 and held[line_feed - 1] != 0x0D)) or b"\x00" in held[checked:]:
+            self.refuse(RequestError("a bare line feed or NUL in the request head"))
+        elif len(held) > limits.target_bytes + 64 and b"\n" not in held[: limits.target_bytes + 64]:
+            self.refuse(RequestError("the request line is too long", status=414))
+
+    def refuse(self, error: ExchangeError) -> None:
+        """Answer what is no request, and close: nothing that follows on the connection can be understood."""
+        plane = self.plane
+        request_id = plane.new_request_id()
+        self._held = None
+        self.transport.write(write_error(error, None, request_id, keep_alive=False))
+        plane.counters.none.count_exchange(b"", error.status)
+        if plane.log is not None:
+            plane.log(
+                Record(
+                    "exchange",
+                    request_id.decode(),
+                    self.forwarded.origin.address,
+                    b"",
+                    b"",
+                    b"",
+                    error.status,
+                    "",
+                    "",
+                    0,
+                    0.0,
+                    0,
+                    0,
+                    error=error.reason,
+                )  # fmt: skip
+            )
+        self._linger()
+
+    def hold(self, data: bytes) -> None:
+        """Keep what came after the current request until its exchange has ended; stop reading when it is much."""
+        if not data:
+            return
+        if self._held is None:
+            self._held = bytearray(data)
+        else:
+            self._held += data
+        if len(self._held) > self.plane.settings.buffer_bytes:
+            self.pause_reading()
+
+    def on_exchange_end(self, *, keep_alive: bool, is_request_whole: bool) -> None:
+        """Go on with the next request, or close; a request that has not come whole cannot be followed by another."""
+        plane = self.plane
+        self.exchange = None
+        if keep_alive and is_request_whole and not plane.is_stopping:
+            self.deadline = plane.now + plane.settings.timeouts.keep_alive_s
+            if self._held is not None:
+                self.deadline = plane.now + plane.settings.timeouts.head_s
+                plane.loop.call_soon(self._next)
+            elif self._eof:
+                self.transport.close()
+            if self._is_paused:
+                self.resume_reading()
+        elif is_request_whole and self._held is None:
+            self.transport.close()
+        else:
+            self._linger()
+
+    def _next(self) -> None:
+        if self.exchange is None and not self._is_lingering and not self.transport.is_closing():
+            self._begin_held()
+            if self._eof and self.exchange is None and not self._is_lingering:
+                self.transport.close()
+
+    def _linger(self) -> None:
+        """Close in an orderly way: a client still sending must be able to read the answer (RFC 9112, section 9.6)."""
+        self._is_lingering = True
+        self._held = None
+        self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
+        if self._eof or self.transport.is_closing():
+            self.transport.close()
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.resume_reading()
+
+    def on_deadline(self) -> None:
+        """Act on a timeout, by state."""
+        self.deadline = math.inf
+        if self.exchange is not None:
+            self.exchange.on_timeout()
+        elif self._is_lingering:
+            self.transport.abort()
+        elif self._held:
+            self.refuse(RequestError("the request head did not arrive in time", status=408))
+        else:
+            self.transport.close()
+
+    def stop(self) -> None:
+        """Close now if idle; else with the end of the exchange."""
+        if self.exchange is None:
+            self.transport.close()
+
+    @override
+    def eof_received(self) -> bool:
+        self._eof = True
+        exchange = self.exchange
+        if exchange is None:
+            return False
+        if exchange.is_reading_request:
+            exchange.on_client_lost()
+            return False
+        return True  # half-closed: the response is still on its way
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.plane.downstreams.discard(self)
+        self.deadline = math.inf
+        if self.exchange is not None:
+            self.exchange.on_client_lost()
+            self.exchange = None
+
+    def become_tunnel(self) -> bytes:
+        """Part from the connection, which a tunnel takes over; return what the client has sent already."""
+        self.plane.downstreams.discard(self)
+        self.exchange = None
+        held, self._held = self._held, None
+        return bytes(held or b"")
+
+    @property
+    def has_eof(self) -> bool:
+        """Say whether the client has sent all that it will ever send."""
+        return self._eof
+
+    def cut(self) -> None:
+        """End the connection after a response that is not whole, so that the client cannot take it for whole.
+
+        What was written is flushed; then a reset, since an end of file would look clean to a client that reads until
+        the end of the connection.
+        """
+        self.exchange = None
+        self._is_lingering = True
+        self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
+        link = self.transport.get_extra_info("socket")
+        if link is not None and link.family != socket.AF_UNIX and not self.transport.is_closing():
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once, whatever was not sent."""
+        self.transport.abort()
+
+    @override
+    def pause_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.pause_response()
+
+    @override
+    def resume_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.resume_response()
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the client for now."""
+        self._is_paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take from the client again."""
+        if self._is_paused:
+            self._is_paused = False
+            self.transport.resume_reading()
+
+    @override
+    def __repr__(self) -> str:
+        if self._is_lingering:
+            return "<Downstream lingering>"
+        return f"<Downstream {self.exchange or ('head' if self._held else 'idle')}>"

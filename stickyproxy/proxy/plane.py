@@ -1,0 +1,148 @@
+"""The data plane as a whole: what its connections share, and the seam to the control plane.
+
+Control calls `publish`; data calls `report`. Nothing else crosses, and neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+from stickyproxy.affinity.policy import Chance
+from stickyproxy.affinity.token import CLIENT_ID_BYTES
+from stickyproxy.observe.counters import PlaneCounters
+from stickyproxy.proxy.pool import Pool
+from stickyproxy.wire.cookies import CookieReader, CookieWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from stickyproxy.affinity.health import HealthEvent
+    from stickyproxy.affinity.sessions import SessionTable
+    from stickyproxy.affinity.snapshot import Snapshot, Upstream
+    from stickyproxy.config import Address
+    from stickyproxy.observe.record import Record
+    from stickyproxy.proxy.downstream import Downstream
+    from stickyproxy.proxy.settings import Settings
+    from stickyproxy.proxy.tunnel import Tunnel
+
+TICK_S: Final = 0.5
+_PLACED_WINDOW_S: Final = 5.0
+_CLIENT_IDS_AT_ONCE: Final = 256
+
+
+class Plane:
+    """What all connections of one data plane share.
+
+    `now` and `wall` are the coarse clocks, monotonic and since 1970, in seconds, renewed each tick.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: SessionTable,
+        *,
+        report: Callable[[str, HealthEvent], None],
+        random: Callable[[], float],
+        log: Callable[[Record], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.sessions = sessions
+        self.report = report
+        self.log = log
+        self.chance = Chance(random)
+        self.counters = PlaneCounters()
+        self.snapshot: Snapshot
+        self.pools: dict[bytes, Pool] = {}
+        self.downstreams: set[Downstream] = set()
+        self.tunnels: set[Tunnel] = set()
+        self.is_stopping = False
+        self.loop = asyncio.get_running_loop()
+        self.now = time.monotonic()
+        self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
+        self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
+        self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
+        self._changed: list[asyncio.Future[None]] = []
+        self._client_ids = b""
+        self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
+        self._next_window = self.now + _PLACED_WINDOW_S
+        self._ticker = self.loop.call_later(TICK_S, self._tick)
+
+    def publish(self, snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
+        """Take a new routing state: one assignment. `addresses` are those of its upstreams, by id.
+
+        Open exchanges and tunnels keep the upstream that they have; requests that wait look again.
+        """
+        for upstream in snapshot.upstreams:
+            pool = self.pools.get(upstream.digest)
+            if pool is None or pool.address != addresses[upstream.id]:
+                if pool is not None:
+                    pool.close()
+                self.pools[upstream.digest] = Pool(self, upstream.id, upstream.digest, addresses[upstream.id])
+        for digest in self.pools.keys() - snapshot.by_digest.keys():
+            self.pools.pop(digest).close()
+        self.snapshot = snapshot
+        waiting, self._changed = self._changed, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until the next snapshot is published, or until the time is over."""
+        future = self.loop.create_future()
+        self._changed.append(future)
+        await asyncio.wait((future,), timeout=timeout_s)
+        future.cancel()
+
+    def load(self, upstream: Upstream) -> int:
+        """Return how many clients use an upstream: its sessions, those without one, and those placed just now."""
+        pool = self.pools[upstream.digest]
+        return self.sessions.counts.get(upstream.digest, 0) + pool.strangers + pool.placed + pool.placed_before
+
+    def new_client_id(self) -> bytes:
+        """Return 10 random bytes; the system is asked once for many."""
+        if not self._client_ids:
+            self._client_ids = os.urandom(CLIENT_ID_BYTES * _CLIENT_IDS_AT_ONCE)
+        client_id, self._client_ids = self._client_ids[:CLIENT_ID_BYTES], self._client_ids[CLIENT_ID_BYTES:]
+        return client_id
+
+    def new_request_id(self) -> bytes:
+        """Return an id that no other request has: 24 hexadecimal digits, random by process, then counted."""
+        self._request_ids += 1
+        return b"%024x" % self._request_ids
+
+    def stop(self) -> None:
+        """Close idle connections and let busy ones end with their exchange; listeners are closed by their owner."""
+        self.is_stopping = True
+        for downstream in tuple(self.downstreams):
+            downstream.stop()
+
+    def close(self) -> None:
+        """End everything at once."""
+        self.is_stopping = True
+        self._ticker.cancel()
+        for downstream in tuple(self.downstreams):
+            downstream.abort()
+        for tunnel in tuple(self.tunnels):
+            tunnel.abort()
+        for pool in self.pools.values():
+            pool.close()
+
+    def _tick(self) -> None:
+        self._ticker = self.loop.call_later(TICK_S, self._tick)
+        self.now = now = time.monotonic()
+        self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
+        for downstream in [one for one in self.downstreams if one.deadline <= now]:
+            downstream.on_deadline()
+        if self.settings.timeouts.tunnel_idle_s != float("inf"):
+            for tunnel in tuple(self.tunnels):
+                tunnel.check_idle(now)
+        for pool in self.pools.values():
+            pool.expire(now)
+        self.sessions.expire(now)
+        if now >= self._next_window:
+            self._next_window = now + _PLACED_WINDOW_S
+            for pool in self.pools.values():
+                pool.placed_before, pool.placed = pool.placed, 0

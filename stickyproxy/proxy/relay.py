@@ -1,0 +1,53 @@
+"""A body on its way through the proxy: read by one framing, written in another, never held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stickyproxy.wire.body import ChunkedReader, LengthReader, UntilCloseReader, write_chunk, write_last_chunk
+from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE
+
+if TYPE_CHECKING:
+    from stickyproxy.proxy.settings import Settings
+    from stickyproxy.wire.body import BodyReader
+
+
+class Relay:
+    """One body. `relayed_bytes` counts its payload; `is_done` turns true with the last byte of its framing."""
+
+    __slots__ = ("_is_chunked", "_reader", "relayed_bytes")
+
+    def __init__(self, length: int, settings: Settings, *, is_chunked: bool) -> None:
+        """Relay a body of `length` bytes, CHUNKED or UNTIL_CLOSE; `is_chunked` says how it is sent on."""
+        self._reader: BodyReader
+        if length == CHUNKED:
+            self._reader = ChunkedReader(settings.chunk_extensions_bytes, settings.trailers_bytes)
+        elif length == UNTIL_CLOSE:
+            self._reader = UntilCloseReader()
+        else:
+            self._reader = LengthReader(length)
+        self._is_chunked = is_chunked
+        self.relayed_bytes = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the bytes to send on for those that came, perhaps none; raise BodyError."""
+        payload = self._reader.feed(data)
+        self.relayed_bytes += len(payload)
+        if not self._is_chunked:
+            return payload
+        framed = write_chunk(payload) if payload else b""
+        return framed + write_last_chunk(self._reader.trailers) if self._reader.done else framed
+
+    def end(self) -> bytes:
+        """Return the bytes that end a body whose end was the end of its connection."""
+        return write_last_chunk() if self._is_chunked else b""
+
+    @property
+    def is_done(self) -> bool:
+        """Say whether the whole body has come."""
+        return self._reader.done
+
+    @property
+    def excess(self) -> bytes:
+        """Return what came after the body."""
+        return self._reader.excess

@@ -1,0 +1,71 @@
+"""The one place that turns an error into a response: HTML, JSON or plain text, by Accept."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stickyproxy.errors import ExchangeError
+    from stickyproxy.wire.head import RequestHead
+
+_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{status} {phrase}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;color-scheme:light dark}}
+code{{font-size:.85em}}</style></head>
+<body><h1>{status} {phrase}</h1><p>{reason}.</p>{hint}<p><code>{request_id}</code></p></body></html>
+"""
+_RETRY_HINT = "<p>The application cannot be reached right now. Please try again in a moment.</p>"
+
+
+def write_error(error: ExchangeError, head: RequestHead | None, request_id: bytes, *, keep_alive: bool) -> bytes:
+    """Return the whole response for an error; `head` is None where the request could not be read.
+
+    It carries the request's id, which the log has too, and Proxy-Status (RFC 9209).
+    """
+    phrase = HTTPStatus(error.status).phrase
+    content_type, body = _body(error, phrase, head, request_id.decode("ascii"))
+    lines = [
+        f"HTTP/1.1 {error.status} {phrase}",
+        f"Content-Type: {content_type}; charset=utf-8",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        f'Proxy-Status: stickyproxy; error={error.proxy_status}; details="{error.reason}"',
+        f"X-Request-ID: {request_id.decode('ascii')}",
+    ]
+    if error.retry_after_s is not None:
+        lines.append(f"Retry-After: {error.retry_after_s}")
+    if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        lines.append("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+    if not keep_alive:
+        lines.append("Connection: close")
+    elif head is not None and head.is_http_10:
+        lines.append("Connection: keep-alive")
+    text = "\r\n".join(lines).encode("ascii", "replace") + b"\r\n\r\n"
+    return text if head is not None and head.method == b"HEAD" else text + body
+
+
+def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_id: str) -> tuple[str, bytes]:
+    accept = _find(head, b"accept") if head is not None else b""
+    if b"text/html" in accept:
+        hint = _RETRY_HINT if error.retry_after_s is not None else ""
+        page = _HTML.format(
+            status=error.status, phrase=phrase, reason=escape(error.reason.capitalize()), hint=hint,
+            request_id=request_id,
+        )  # fmt: skip
+        return "text/html", page.encode()
+    if b"json" in accept:
+        facts = {"status": error.status, "error": phrase, "reason": error.reason, "request_id": request_id}
+        return "application/json", json.dumps(facts).encode()
+    return "text/plain", f"{error.status} {phrase}: {error.reason}\nrequest {request_id}\n".encode()
+
+
+def _find(head: RequestHead, name: bytes) -> bytes:
+    """Return the value of a field in lower case, or nothing; for the slow path only. O(fields)."""
+    for line in head.lines:
+        if line[: len(name)].lower() == name and line[len(name) : len(name) + 1] == b":":
+            return line[len(name) + 2 :].lower()
+    return b""

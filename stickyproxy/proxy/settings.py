@@ -1,0 +1,45 @@
+"""What the data plane is told once, when it starts: limits, timeouts, and how clients are named to upstreams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stickyproxy.wire.cookies import CookieAttributes
+from stickyproxy.wire.head import HeadLimits
+
+if TYPE_CHECKING:
+    from stickyproxy.wire.forwarded import Network
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Lengths in seconds; infinity is "off". All are checked by one coarse sweep, so they are late by up to 0.5 s."""
+
+    head_s: float = 10.0  # a whole request head, from its first byte (Apache's mod_reqtimeout: 20 s)
+    body_idle_s: float = 60.0  # between two reads of a request body (nginx: client_body_timeout 60 s)
+    keep_alive_s: float = 75.0  # between two requests (nginx: keepalive_timeout 75 s)
+    connect_s: float = 5.0
+    response_s: float = 300.0  # from the request to the head of its response: an LLM may think
+    # An idle upstream connection is not used again after this. uvicorn and Node close theirs after 5 s; a request
+    # that meets the close fails if it may not be repeated.
+    upstream_keep_alive_s: float = 4.0
+    tunnel_idle_s: float = float("inf")
+    linger_s: float = 2.0  # how long a refused client may go on sending before it is cut (nginx: 5 s)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of a data plane; every value has the default of the configuration file."""
+
+    head: HeadLimits = field(default_factory=HeadLimits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    trailers_bytes: int = 8 * 1024
+    chunk_extensions_bytes: int = 4 * 1024
+    buffer_bytes: int = 64 * 1024
+    idle_connections: int = 256  # for each upstream (HAProxy's pool-max-conn is unlimited, nginx's keepalive has none)
+    cookie: CookieAttributes | None = field(default_factory=CookieAttributes)
+    trusted: tuple[Network, ...] = ()
+    trusts_unix: bool = False
+    forwarded: bool = False
+    prefix: str | None = None

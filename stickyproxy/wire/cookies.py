@@ -1,0 +1,95 @@
+"""The affinity cookie on the wire: found in and taken out of Cookie, written as Set-Cookie (RFC 6265)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+class CookieReader:
+    """Finds one cookie by name in Cookie fields; names are compared octet by octet (RFC 6265, section 5.4)."""
+
+    __slots__ = ("_pattern", "_prefix")
+
+    def __init__(self, name: str) -> None:
+        self._prefix = name.encode("ascii") + b"="
+        self._pattern = re.compile(rb"(?:(?<=;)|\A)[ \t]*" + re.escape(self._prefix) + rb"([^;]*)(?:;|\Z)")
+
+    def take(self, lines: list[bytes], positions: list[int]) -> bytes | None:
+        """Return the value of the cookie and take it out of the Cookie fields at `positions` of `lines`.
+
+        A field left empty is removed from `lines`. The first value counts where a client sends several; all of them
+        are taken out. None when there is no such cookie.
+        """
+        token: bytes | None = None
+        for at in reversed(positions):
+            line = lines[at]
+            if self._prefix not in line:
+                continue
+            value = line[line.index(b":") + 1 :].strip(b" \t")
+            found = self._pattern.findall(value)
+            if not found:
+                continue
+            token = found[0].strip(b' \t"')
+            rest = self._pattern.sub(b"", value).strip(b" \t;")
+            if rest:
+                lines[at] = b"Cookie: " + rest
+            else:
+                del lines[at]
+        return token
+
+
+@dataclass(frozen=True, slots=True)
+class CookieAttributes:
+    """How the affinity cookie is set. `max_age_s` None makes it end with the browser's session."""
+
+    name: str = "stickyproxy"
+    path: str = "/"
+    domain: str | None = None
+    max_age_s: int | None = None
+    http_only: bool = True
+    same_site: Literal["lax", "strict", "none"] = "lax"
+    secure: bool | Literal["auto"] = "auto"
+    partitioned: bool = False
+
+
+class CookieWriter:
+    """Writes the Set-Cookie line; everything but the token is put together beforehand."""
+
+    __slots__ = ("_plain_end", "_secure_end", "_start")
+
+    def __init__(self, attributes: CookieAttributes) -> None:
+        end = f"; Path={attributes.path}"
+        if attributes.domain:
+            end += f"; Domain={attributes.domain}"
+        if attributes.max_age_s is not None:
+            end += f"; Max-Age={attributes.max_age_s}"
+        if attributes.http_only:
+            end += "; HttpOnly"
+        plain = secure = end
+        # Over plain HTTP a browser drops a Secure cookie, and with it SameSite=None and Partitioned, which need it:
+        # `auto` falls back to Lax there, for a cookie that is dropped pins nobody.
+        plain += "; SameSite=Lax" if attributes.same_site == "none" else f"; SameSite={attributes.same_site.title()}"
+        secure += f"; SameSite={attributes.same_site.title()}; Secure"
+        if attributes.partitioned:
+            secure += "; Partitioned"
+        if attributes.secure is True:
+            plain = secure
+        elif attributes.secure is False:
+            secure = plain
+        self._start = f"Set-Cookie: {attributes.name}=".encode("ascii")
+        self._plain_end = plain.encode("ascii")
+        self._secure_end = secure.encode("ascii")
+
+    def write(self, token: bytes, *, is_https: bool) -> bytes:
+        """Return the Set-Cookie line, without CRLF, for a response to a request over https or http."""
+        return self._start + token + (self._secure_end if is_https else self._plain_end)
+
+
+def is_shared_cacheable(cache_control: bytes | None) -> bool:
+    """Say whether a response is meant for shared caches, given its Cache-Control fields in lower case.
+
+    A Set-Cookie would make such a response private, or worse, be served to others from a cache.
+    """
+    return cache_control is not None and (b"public" in cache_control or b"immutable" in cache_control)

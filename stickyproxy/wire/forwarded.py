@@ -1,0 +1,140 @@
+"""Who the client is, as told to the upstream: X-Forwarded-*, Forwarded (RFC 7239), Via (RFC 9110, section 7.6.3).
+
+What a client says of those before it is passed on only when it is a trusted proxy; else it is dropped, because the
+application would believe it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stickyproxy.wire.head import RequestHead
+
+Network = IPv4Network | IPv6Network
+_PROTO = re.compile(rb"(?i:https?|wss?)")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:+/=\-]{1,128}")
+PSEUDONYM = b"stickyproxy"
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOrigin:
+    """What is known of a client's connection once it is accepted.
+
+    `address` is the client's IP address, or "unix"; `port` that of the listener, empty for a Unix socket.
+    """
+
+    address: str
+    port: str
+    is_https: bool
+    is_trusted: bool
+
+
+class ForwardedWriter:
+    """Writes the fields about the client for one connection; those that never change are put together once."""
+
+    __slots__ = ("_constant", "_forwarded", "_prefix", "origin")
+
+    def __init__(self, origin: ConnectionOrigin, *, forwarded: bool = False, prefix: str | None = None) -> None:
+        self.origin = origin
+        self._forwarded = forwarded
+        self._prefix = f"X-Forwarded-Prefix: {prefix}\r\n".encode() if prefix else b""
+        self._constant = self._write_constant()
+
+    def _write_constant(self) -> bytes:
+        origin = self.origin
+        proto = "https" if origin.is_https else "http"
+        text = f"X-Forwarded-For: {origin.address}\r\nX-Forwarded-Proto: {proto}\r\n"
+        if origin.port:
+            text += f"X-Forwarded-Port: {origin.port}\r\n"
+        return text.encode("ascii") + self._prefix
+
+    def is_https(self, head: RequestHead) -> bool:
+        """Say whether the client's own link is https: the listener's, or what a trusted proxy says of its own."""
+        if self.origin.is_trusted and head.forwarded is not None:
+            proto = head.forwarded.get(b"x-forwarded-proto")
+            if proto is not None:
+                return proto.rpartition(b",")[2].strip(b" \t").lower() in {b"https", b"wss"}
+        return self.origin.is_https
+
+    def write(self, head: RequestHead, request_id: bytes) -> bytes:
+        """Return the lines, each with its CRLF; `request_id` is used unless a trusted proxy gave one."""
+        via = b"Via: 1.0 " if head.is_http_10 else b"Via: 1.1 "
+        if head.via is not None:
+            via = b"Via: " + head.via + via[4:].replace(b" ", b", ", 1)
+        if head.forwarded is None or not self.origin.is_trusted:
+            lines = b"%bX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n%b%b\r\n" % (
+                self._constant,
+                head.host,
+                request_id,
+                via,
+                PSEUDONYM,
+            )
+            return lines + self._write_forwarded(head, b"") if self._forwarded else lines
+        return self._write_taken_over(head, head.forwarded, request_id) + via + PSEUDONYM + b"\r\n"
+
+    def _write_taken_over(self, head: RequestHead, said: dict[bytes, bytes], request_id: bytes) -> bytes:
+        origin = self.origin
+        address = origin.address.encode("ascii")
+        before = said.get(b"x-forwarded-for")
+        proto = said.get(b"x-forwarded-proto", b"")
+        if _PROTO.fullmatch(proto) is None:
+            proto = b"https" if origin.is_https else b"http"
+        given = said.get(b"x-request-id", b"")
+        lines = [
+            b"X-Forwarded-For: " + (before + b", " + address if before else address),
+            b"X-Forwarded-Proto: " + proto,
+            b"X-Forwarded-Host: " + said.get(b"x-forwarded-host", head.host),
+            b"X-Request-ID: " + (given if _REQUEST_ID.fullmatch(given) else request_id),
+        ]
+        port = said.get(b"x-forwarded-port", origin.port.encode("ascii"))
+        if port:
+            lines.append(b"X-Forwarded-Port: " + port)
+        if b"x-forwarded-prefix" in said and not self._prefix:
+            lines.append(b"X-Forwarded-Prefix: " + said[b"x-forwarded-prefix"])
+        text = b"\r\n".join(lines) + b"\r\n" + self._prefix
+        if self._forwarded or b"forwarded" in said:
+            text += self._write_forwarded(head, said.get(b"forwarded", b""))
+        return text
+
+    def _write_forwarded(self, head: RequestHead, before: bytes) -> bytes:
+        origin = self.origin
+        node = f'"[{origin.address}]"' if ":" in origin.address else origin.address
+        proto = "https" if origin.is_https else "http"
+        element = f"for={node};proto={proto}".encode("ascii")
+        if head.host:
+            element += b';host="' + head.host + b'"'
+        return b"Forwarded: " + (before + b", " if before else b"") + element + b"\r\n"
+
+
+def client_address(origin: ConnectionOrigin, head: RequestHead, trusted: tuple[Network, ...]) -> str:
+    """Return the address of the client itself: the last one in X-Forwarded-For that is no trusted proxy's.
+
+    Without a trusted proxy before us it is the address of the connection.
+    """
+    if not origin.is_trusted or head.forwarded is None:
+        return origin.address
+    for item in reversed(head.forwarded.get(b"x-forwarded-for", b"").split(b",")):
+        address = _parse_address(item.strip(b" \t"))
+        if address is None:
+            break
+        if not is_in(address, trusted):
+            return str(address)
+    return origin.address
+
+
+def _parse_address(text: bytes) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text.decode("ascii"))
+    except ValueError:
+        return None
+
+
+def is_in(address: IPv4Address | IPv6Address, networks: tuple[Network, ...]) -> bool:
+    """Say whether an address lies in one of the networks; an IPv4-mapped IPv6 address counts as the IPv4 one."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return any(address.version == network.version and address in network for network in networks)

@@ -1,0 +1,115 @@
+"""WebSocket frames seen from beside the stream (RFC 6455, section 5).
+
+The scanner reads frame headers only, never payloads, but for the two bytes of a close code. It changes nothing: the
+bytes are relayed as they came. What it knows makes it possible to count frames, to tell who closed and why, and to
+add a frame of the proxy's own where one frame has ended and the next has not begun.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import override
+
+from typing import Final
+
+OPCODES: Final = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
+CLOSE: Final = 8
+NO_STATUS: Final = 1005
+ABNORMAL: Final = 1006
+GOING_AWAY: Final = 1001
+SERVICE_RESTART: Final = 1012
+BAD_GATEWAY: Final = 1014
+
+
+class FrameScanner:
+    """Reads one direction of a tunnel. `counts` is a list of 16 counters, by opcode, that may be shared.
+
+    `peer` is the scanner of the other direction, if there is one: it tells which of the two closed first.
+    """
+
+    __slots__ = ("_held", "_skip", "close_code", "counts", "frames", "is_first", "is_lost", "peer")
+
+    def __init__(self, counts: list[int]) -> None:
+        self._skip = 0  # payload bytes of the current frame that have not come
+        self._held = b""  # a frame header, or a close frame, that has not come whole
+        self.counts = counts
+        self.frames = 0
+        self.close_code = 0  # of the first Close frame; 0 while there is none
+        self.is_first = False  # this direction had the first Close frame
+        self.peer: FrameScanner | None = None
+        self.is_lost = False  # what came is no WebSocket stream: nothing more is said of it
+
+    @property
+    def is_at_boundary(self) -> bool:
+        """Say whether a frame of one's own may be added now."""
+        return not (self._skip or self._held or self.is_lost)
+
+    def feed(self, data: bytes) -> None:
+        """Go on with the bytes that came next; constant work for each frame, none for payloads."""
+        end = len(data)
+        at = self._skip
+        if at >= end:
+            self._skip = at - end
+            return
+        if self._held:
+            data = self._held + data
+            end = len(data)
+            at = 0
+        while at < end:
+            if end - at < 2:  # noqa: PLR2004 -- the two bytes that every frame begins with
+                break
+            first = data[at]
+            second = data[at + 1]
+            size = second & 0x7F
+            head = 6 if second & 0x80 else 2
+            if size == 126:  # noqa: PLR2004 -- RFC 6455, section 5.2
+                if end - at < 4:  # noqa: PLR2004
+                    break
+                head += 2
+                size = (data[at + 2] << 8) | data[at + 3]
+            elif size == 127:  # noqa: PLR2004
+                if end - at < 10:  # noqa: PLR2004
+                    break
+                head += 8
+                size = int.from_bytes(data[at + 2 : at + 10], "big")
+            if first & 0x0F == CLOSE:
+                if size > 125 or end - at < head + size:  # noqa: PLR2004 -- the bound of control frames
+                    if size > 125:  # noqa: PLR2004
+                        self.is_lost = True
+                        at = end
+                    break
+                if not self.close_code:
+                    self.close_code = _read_close_code(data, at + head, size, is_masked=bool(second & 0x80))
+                    self.is_first = self.peer is None or not self.peer.close_code
+            self.frames += 1
+            self.counts[first & 0x0F] += 1
+            at += head + size
+        if at < end:
+            self._held = data[at:]
+            self._skip = 0
+        else:
+            self._held = b""
+            self._skip = at - end
+
+    @override
+    def __repr__(self) -> str:
+        return f"<FrameScanner frames={self.frames} skip={self._skip} held={len(self._held)}>"
+
+
+def _read_close_code(data: bytes, at: int, size: int, *, is_masked: bool) -> int:
+    if size < 2:  # noqa: PLR2004 -- a code has two bytes
+        return NO_STATUS
+    if not is_masked:
+        return (data[at] << 8) | data[at + 1]
+    return ((data[at] ^ data[at - 4]) << 8) | (data[at + 1] ^ data[at - 3])
+
+
+def write_close(code: int, reason: str, *, mask: bytes | None = None) -> bytes:
+    """Return a Close frame; towards an upstream it is masked with the 4 bytes `mask` (RFC 6455, section 5.3).
+
+    `reason` is cut to the 123 bytes that fit.
+    """
+    payload = code.to_bytes(2, "big") + reason.encode()[:123].decode(errors="ignore").encode()
+    if mask is None:
+        return bytes((0x80 | CLOSE, len(payload))) + payload
+    masked = bytes(byte ^ mask[at & 3] for at, byte in enumerate(payload))
+    return bytes((0x80 | CLOSE, 0x80 | len(payload))) + mask + masked

@@ -1,0 +1,98 @@
+"""The two sample apps as a visitor sees and uses them."""
+
+import re
+
+from playwright.sync_api import FilePayload, expect
+
+from tests.helpers.browser import TIMEOUT_S, Answer, Visitor
+
+TIMEOUT_MS = TIMEOUT_S * 1000
+CONNECTION_LOST = "Could not reach the server"
+PID_OF_REPLY = re.compile(r"pid=(\d+)")
+
+
+class CounterPage:
+    """The NiceGUI page: a counter, a clock that ticks, an upload, and the pid that holds them."""
+
+    def __init__(self, visitor: Visitor) -> None:
+        self.visitor = visitor
+        self.tab = visitor.new_tab()
+
+    def open(self) -> None:
+        """Load the page and wait until it lives: its clock ticks as soon as its socket is there."""
+        self.tab.page.goto(self.tab.site_url)
+        self.expect_ticks()
+
+    @property
+    def pid(self) -> int:
+        return self._number("pid")
+
+    @property
+    def count(self) -> int:
+        return self._number("count")
+
+    def increment(self) -> None:
+        self.tab.page.get_by_role("button", name="inc").click()
+
+    def block(self) -> None:
+        self.tab.page.get_by_role("button", name="block").click()
+
+    def upload(self, content: bytes) -> None:
+        file: FilePayload = {"name": "upload.bin", "mimeType": "application/octet-stream", "buffer": content}
+        self.tab.page.locator("input[type=file]").set_input_files(file)
+
+    def expect_count(self, count: int) -> None:
+        expect(self.tab.page.get_by_test_id("count")).to_have_text(f"count={count}", timeout=TIMEOUT_MS)
+
+    def expect_upload(self, pid: int, size: int) -> None:
+        label = self.tab.page.get_by_test_id("uploaded")
+        expect(label).to_have_text(f"uploaded by pid={pid} size={size}", timeout=TIMEOUT_MS)
+
+    def expect_ticks(self) -> None:
+        """Wait until the page's clock goes on from where it stands."""
+        label = self.tab.page.get_by_test_id("tick")
+        label.wait_for()
+        expect(label).not_to_have_text(label.inner_text(), timeout=TIMEOUT_MS)
+
+    def _number(self, label: str) -> int:
+        return int(self.tab.page.get_by_test_id(label).inner_text().removeprefix(f"{label}="))
+
+
+class ChatPage:
+    """The Chainlit chat: each reply tells its number in this session and the pid that holds the session."""
+
+    def __init__(self, visitor: Visitor) -> None:
+        self.visitor = visitor
+        self.tab = visitor.new_tab()
+
+    def open(self) -> None:
+        self.tab.page.goto(f"{self.tab.site_url}/chat/")
+        self.tab.page.locator("#chat-input").wait_for()
+
+    def say(self, text: str) -> None:
+        """Send a message as soon as the chat lets one."""
+        self.tab.page.locator("#chat-input").fill(text)
+        self.tab.page.locator("#chat-submit").click()
+
+    def attach(self, content: bytes) -> None:
+        """Attach a file to the next message and wait until the app has it."""
+        before = len(self._uploads())
+        file: FilePayload = {"name": "upload.txt", "mimeType": "text/plain", "buffer": content}
+        self.tab.page.locator("#upload-button-input").set_input_files(file)
+        self.tab.wait_until(lambda: len(self._uploads()) > before, "the file is uploaded")
+
+    def pid_of_reply(self, number: int, files: int = 0) -> int:
+        """Wait for the newest reply to be this one of its session; return the pid in it."""
+        suffix = f" files={files}" if files else ""
+        newest = self.tab.page.locator(".ai-message").last
+        expect(newest).to_contain_text(re.compile(rf"reply {number} pid=\d+{suffix}\s*$"), timeout=TIMEOUT_MS)
+        return int(PID_OF_REPLY.findall(newest.inner_text())[-1])
+
+    def expect_connection_lost(self) -> None:
+        expect(self.tab.page.get_by_text(CONNECTION_LOST)).to_be_visible(timeout=TIMEOUT_MS)
+
+    def expect_no_banner(self) -> None:
+        expect(self.tab.page.get_by_text(CONNECTION_LOST)).to_be_hidden(timeout=TIMEOUT_MS)
+
+    def _uploads(self) -> list[Answer]:
+        return [answer for answer in self.tab.answers() if "/project/file" in answer.url and answer.status == 200]

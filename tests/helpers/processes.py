@@ -1,0 +1,242 @@
+"""Child processes of the tests: each in a process group of its own, its output in a file, always stopped by pid."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+from prometheus_client.samples import Sample
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
+POLL_INTERVAL_S = 0.05
+LOG_TAIL_LINES = 60
+
+# Below Linux's ephemeral range (32768-60999): no outgoing connection takes the port of a process that is being restarted.
+PORTS = range(20000, 32000)
+
+# NiceGUI behaves differently where it sees that pytest runs it.
+INHERITED_ENV = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+# The environment may name an HTTP proxy, for other places than this machine.
+HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ChildDied(AssertionError):
+    """A child ended before it was ready; the text holds the end of its output."""
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    for _ in range(100):
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError(f"no free port in {PORTS}")
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Return as soon as `condition()` is true; raise AssertionError naming `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"after {timeout_s:g} s still not: {what}"
+        time.sleep(POLL_INTERVAL_S)
+
+
+def http_status(url: str, timeout_s: float = 5.0) -> int | None:
+    """Return the status that a GET of `url` is answered with; None if it is not answered."""
+    try:
+        with HTTP.open(url, timeout=timeout_s) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return None
+
+
+class Child:
+    """A running process with its log; `Children` starts and stops it."""
+
+    def __init__(self, name: str, arguments: Sequence[str | Path], directory: Path, env: Mapping[str, str]) -> None:
+        self.name = name
+        self.log = directory / f"{name}.log"
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                arguments,
+                cwd=directory,
+                env={**INHERITED_ENV, "PYTHONUNBUFFERED": "1", **env},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __repr__(self) -> str:
+        state = "running" if self.is_running() else f"exit {self._process.returncode}"
+        return f"<Child {self.name} pid={self.pid} {state}>"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process and to the processes that it started."""
+        os.killpg(self.pid, number)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Wait for the end of the process and return its exit code; negative if a signal ended it."""
+        return self._process.wait(timeout_s)
+
+    def wait_until_ready(self, url: str) -> None:
+        """Wait until a GET of `url` is answered with 200; raise ChildDied if the process ends before."""
+
+        def is_ready() -> bool:
+            if not self.is_running():
+                raise ChildDied(f"{self!r} before it was ready:\n{self.log_tail()}")
+            return http_status(url) == 200
+
+        try:
+            wait_until(is_ready, f"{self!r} answers {url}")
+        except ChildDied:
+            raise
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log_tail()}") from None
+
+    def stop(self) -> None:
+        """End the process: SIGTERM, and SIGKILL for what is left of its group."""
+        if not self.is_running():
+            return
+        self.send(signal.SIGCONT)  # a stopped process would not see the SIGTERM
+        self.send(signal.SIGTERM)
+        try:
+            self.wait()
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self.wait()
+
+
+class Children:
+    """The children of one test or module: a context manager that leaves none behind."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._started: list[Child] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for child in reversed(self._started):
+            child.stop()
+
+    def start(self, name: str, arguments: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Child:
+        """Start a process whose output goes to `<directory>/<name>.log`, after what an earlier one wrote there."""
+        child = Child(name, arguments, self.directory, env or {})
+        self._started.append(child)
+        return child
+
+    def reports(self) -> Iterator[tuple[str, str]]:
+        """Give what to show of each child when a test has failed: title and text."""
+        for child in self._started:
+            yield f"{child!r}, end of {child.log}", child.log_tail()
+
+
+class StickyProxy:
+    """A `stickyproxy serve` of its own, with its configuration file, in front of `upstreams` (id to URL)."""
+
+    def __init__(
+        self,
+        children: Children,
+        upstreams: Mapping[str, str],
+        *,
+        affinity: Mapping[str, Any] | None = None,
+        probe: Mapping[str, Any] | None = None,
+        name: str = "stickyproxy",
+    ) -> None:
+        port, admin_port = free_port(), free_port()
+        self.url = f"http://localhost:{port}"
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
+        configuration = {
+            "listeners": [{"address": f"127.0.0.1:{port}"}],
+            "upstreams": [{"id": key, "url": url} for key, url in upstreams.items()],
+            "affinity": {
+                "cookie": {"name": "stickyproxy"},
+                "secrets": ["env:STICKYPROXY_SECRET"],
+                **(affinity or {}),
+            },
+            "admin": {"address": f"127.0.0.1:{admin_port}"},
+            "workers": 1,
+        }
+        if probe is not None:
+            configuration["health"] = {"probe": dict(probe)}
+        self.file = children.directory / f"{name}.yaml"
+        self.file.write_text(yaml.safe_dump(configuration, sort_keys=False))
+        home = children.directory / f"{name}-home"
+        home.mkdir(exist_ok=True)
+        self.child = children.start(
+            name,
+            [sys.executable, "-m", "stickyproxy", "serve", "--config", self.file, "--control", home / "control"],
+            env={
+                "STICKYPROXY_SECRET": "a secret of the tests, the same for each proxy",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "XDG_RUNTIME_DIR": str(home),
+                "XDG_STATE_HOME": str(home),
+            },
+        )
+        self.child.wait_until_ready(f"{self.admin_url}/readyz")
+
+    def metrics(self) -> Iterator[Sample]:
+        """Give each sample that `/metrics` shows now."""
+        for family in text_string_to_metric_families(self._get("/metrics")):
+            yield from family.samples
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the samples of `stickyproxy_<name>` that have these labels; 0 if there is none."""
+        return sum(
+            sample.value
+            for sample in self.metrics()
+            if sample.name == f"stickyproxy_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def state(self) -> Any:
+        """Return what the admin API says of the clusters and their upstreams."""
+        return json.loads(self._get("/api/v1/state"))
+
+    def set_state(self, upstream_id: str, state: str) -> None:
+        """Set what the operator wants of an upstream: `ready`, `drain` or `maint`."""
+        request = urllib.request.Request(
+            f"{self.admin_url}/api/v1/clusters/default/upstreams/{upstream_id}/state",
+            data=json.dumps({"state": state}).encode(),
+            headers={"Content-Type": "application/json"},
+            method="PUT",
+        )
+        with HTTP.open(request, timeout=START_TIMEOUT_S):
+            pass
+
+    def _get(self, path: str) -> str:
+        with HTTP.open(f"{self.admin_url}{path}", timeout=START_TIMEOUT_S) as response:
+            return str(response.read().decode())
