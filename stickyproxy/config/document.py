@@ -32,7 +32,7 @@ _FRACTION = re.compile(r"[-+]?[0-9]{1,18}\.[0-9]{0,18}")
 _PROBLEMS = {
     "found character '\\t'": "a tab where a space belongs; YAML indents with spaces",
     "found undefined alias": "an alias (*name) without its anchor (&name); text that begins with * needs quotes",
-    "found duplicate anchor": "an anchor (&name) that was given before",
+    "second occurrence": "an anchor (&name) that was given before",
     "found undefined tag handle": "a tag (!name) that is not known; text that begins with ! needs quotes",
     "duplicate tag handle": "a tag handle that was given before",
     "but found another document": "a second document begins; a configuration is one document",

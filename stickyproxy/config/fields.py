@@ -56,8 +56,6 @@ class Section(BaseModel):
     @classmethod
     def _read_mapping(cls, raw: object) -> object:
         raw = cls.expand(raw)
-        if isinstance(raw, cls):
-            return raw
         if isinstance(raw, dict):
             known = {field.alias for field in cls.model_fields.values()}
             return {key: value for key, value in raw.items() if value is not None or key not in known}

@@ -90,3 +90,18 @@ class PlaneCounters:
         self.breaks: Counter[str] = Counter()
         self.connections = 0  # accepted in all
         self.none = UpstreamCounters()  # exchanges that reached no upstream
+
+
+PROBE_OUTCOMES: Final = ("passed", "failed", "refused", "timeout")
+# Seconds: how late a timer of the event loop fires. 5 ms is one switch of Python threads, 1 s is felt by clients.
+LAG_BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class ProbeCounters:
+    """What is counted of the probes of one upstream; `outcomes` are by the names in PROBE_OUTCOMES."""
+
+    __slots__ = ("duration", "outcomes")
+
+    def __init__(self) -> None:
+        self.duration = Histogram(DURATION_BOUNDS_S)
+        self.outcomes = Counter(dict.fromkeys(PROBE_OUTCOMES, 0))

@@ -29,6 +29,7 @@ from stickyproxy.wire.body import BodyError
 from stickyproxy.wire.cookies import is_shared_cacheable
 from stickyproxy.wire.forwarded import client_address
 from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE
+from stickyproxy.wire.headers import find_field
 
 if TYPE_CHECKING:
     from stickyproxy.affinity.choose import Choice
@@ -120,7 +121,7 @@ class Exchange:
             self.downstream.hold(rest)
         self.downstream.deadline = math.inf
         if plane.cookie_reader is not None and head.cookies is not None:
-            self._present(plane.cookie_reader.take(head.lines, head.cookies))
+            self._present(plane.cookie_reader.take(head.section, head.cookies))
         pool = self._choose()
         if pool is not None:
             self._attempt(pool)
@@ -179,7 +180,7 @@ class Exchange:
         """Return the client's address where it may stand in for a cookie: not for a navigation, which can get one."""
         if not self.plane.snapshot.rules.uses_client_address:
             return None
-        if any(line.lower() == b"sec-fetch-dest: document" for line in self.head.lines):
+        if find_field(self.head.section, b"sec-fetch-dest") == b"document":
             return None
         return client_address(self.downstream.forwarded.origin, self.head, self.plane.settings.trusted).encode()
 
@@ -239,15 +240,13 @@ class Exchange:
 
     def _write_request_head(self, connection: UpstreamConnection) -> bytes:
         head = self.head
-        lines = head.lines
-        if not head.host and not any(line[:5].lower() == b"host:" for line in lines):
-            lines = [b"Host: " + connection.pool.authority, *lines]
         parts = [
             b"%b %b HTTP/1.1\r\n" % (head.method, head.target),
-            b"\r\n".join(lines),
-            b"\r\n",
+            *head.section,
             self.downstream.forwarded.write(head, self.request_id),
         ]
+        if head.is_http_10 and not head.host:
+            parts.append(b"Host: " + connection.pool.authority + b"\r\n")
         if head.length == CHUNKED:
             parts.append(b"Transfer-Encoding: chunked\r\n")
         elif head.length or head.method in {b"POST", b"PUT", b"PATCH"}:
@@ -309,12 +308,7 @@ class Exchange:
             self.downstream.transport.write(out)
 
     def _write_response_head(self, head: ResponseHead, *, is_chunked: bool) -> bytes:
-        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n"]
-        lines = head.lines
-        if head.status == 204 and head.has_length:  # noqa: PLR2004 -- RFC 9110, section 8.6 forbids it there
-            lines = [line for line in lines if line[:15].lower() != b"content-length:"]
-        if lines:
-            parts += (b"\r\n".join(lines), b"\r\n")
+        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section]
         if self._sets_cookie:
             self._add_cookie(head, parts)
         if is_chunked:
@@ -347,8 +341,7 @@ class Exchange:
             self.fail(ResponseError("the upstream sent too many interim responses"))
             return
         if not self.head.is_http_10:
-            lines = b"".join(line + b"\r\n" for line in head.lines)
-            self.downstream.transport.write(b"HTTP/1.1 " + head.status_text + b"\r\n" + lines + b"\r\n")
+            self.downstream.transport.write(b"".join((b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section, b"\r\n")))
         if rest:
             connection.data_received(rest)
 
@@ -357,7 +350,7 @@ class Exchange:
         if pool is None:
             return
         self._status = head.status
-        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n", *(line + b"\r\n" for line in head.lines)]
+        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section]
         if self._sets_cookie:
             self._add_cookie(head, parts)
         parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
@@ -441,11 +434,6 @@ class Exchange:
 
     def _describe(self) -> Record:
         head = self.head
-        fields = {}
-        for line in head.lines:
-            name, _, value = line.partition(b": ")
-            if len(name) in {7, 10} and (name := name.lower()) in {b"referer", b"user-agent"}:
-                fields[name] = value
         return Record(
             kind="exchange",
             request_id=self.request_id.decode("ascii"),
@@ -460,8 +448,8 @@ class Exchange:
             duration_s=perf_counter() - self._started_at,
             received_bytes=0 if self._request is None else self._request.relayed_bytes,
             sent_bytes=0 if self._response is None else self._response.relayed_bytes,
-            referer=fields.get(b"referer", b""),
-            user_agent=fields.get(b"user-agent", b""),
+            referer=find_field(head.section, b"referer"),
+            user_agent=find_field(head.section, b"user-agent"),
             error=self._error,
         )
 

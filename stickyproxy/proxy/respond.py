@@ -7,6 +7,8 @@ from html import escape
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from stickyproxy.wire.headers import find_field
+
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
     from stickyproxy.wire.head import RequestHead
@@ -49,7 +51,7 @@ def write_error(error: ExchangeError, head: RequestHead | None, request_id: byte
 
 
 def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_id: str) -> tuple[str, bytes]:
-    accept = _find(head, b"accept") if head is not None else b""
+    accept = find_field(head.section, b"accept").lower() if head is not None else b""
     if b"text/html" in accept:
         hint = _RETRY_HINT if error.retry_after_s is not None else ""
         page = _HTML.format(
@@ -61,11 +63,3 @@ def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_i
         facts = {"status": error.status, "error": phrase, "reason": error.reason, "request_id": request_id}
         return "application/json", json.dumps(facts).encode()
     return "text/plain", f"{error.status} {phrase}: {error.reason}\nrequest {request_id}\n".encode()
-
-
-def _find(head: RequestHead, name: bytes) -> bytes:
-    """Return the value of a field in lower case, or nothing; for the slow path only. O(fields)."""
-    for line in head.lines:
-        if line[: len(name)].lower() == name and line[len(name) : len(name) + 1] == b":":
-            return line[len(name) + 2 :].lower()
-    return b""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, Protocol
 
-from stickyproxy.wire.headers import ORDINARY, FieldError, classify, split_fields
+from stickyproxy.wire.headers import REQUEST_SPECIALS, RESPONSE_SPECIALS, FieldError, canonicalise
 
 _SIZE_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t -~\x80-\xff]*)?"
@@ -178,11 +178,12 @@ class ChunkedReader:
             raise BodyError("the trailer section is too large")
         if stop < 0:
             return -1
+        lines = data[at : stop + 2]
         try:
-            fields = split_fields(b"\n" + data[at : stop + 2], 1, stop + 3 - at)
+            lines = canonicalise(lines, 0, len(lines)) or lines
         except FieldError as error:
             raise BodyError(f"{error} in the trailer section") from error
-        self.trailers = tuple(line for line, name in fields if _may_be_trailer(name))
+        self.trailers = tuple(line for line in lines.split(b"\r\n")[:-1] if _may_be_trailer(line))
         self.done = True
         return stop + 4
 
@@ -191,8 +192,11 @@ def _may_begin_size(data: bytes) -> bool:
     return _SIZE_LINE.fullmatch(data.removesuffix(b"\r")) is not None
 
 
-def _may_be_trailer(name: bytes) -> bool:
-    return classify(name) == ORDINARY and name.lower() not in _NOT_IN_TRAILERS
+def _may_be_trailer(line: bytes) -> bool:
+    lower = b"\n" + line.lower()
+    if REQUEST_SPECIALS.match(lower) or RESPONSE_SPECIALS.match(lower):
+        return False
+    return lower[1:].partition(b":")[0] not in _NOT_IN_TRAILERS
 
 
 def write_chunk(payload: bytes) -> bytes:

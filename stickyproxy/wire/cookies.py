@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from stickyproxy.wire.headers import Section
 
 
 class CookieReader:
@@ -16,27 +19,27 @@ class CookieReader:
         self._prefix = name.encode("ascii") + b"="
         self._pattern = re.compile(rb"(?:(?<=;)|\A)[ \t]*" + re.escape(self._prefix) + rb"([^;]*)(?:;|\Z)")
 
-    def take(self, lines: list[bytes], positions: list[int]) -> bytes | None:
-        """Return the value of the cookie and take it out of the Cookie fields at `positions` of `lines`.
+    def take(self, section: Section, positions: list[int]) -> bytes | None:
+        """Return the value of the cookie and take it out of the Cookie fields, the parts at `positions`.
 
-        A field left empty is removed from `lines`. The first value counts where a client sends several; all of them
-        are taken out. None when there is no such cookie.
+        A field left empty becomes an empty part. The first value counts where a client sends several; all of them are
+        taken out. None when there is no such cookie.
         """
         token: bytes | None = None
-        for at in reversed(positions):
-            line = lines[at]
+        for at in positions:
+            line = section[at]
             if self._prefix not in line:
                 continue
-            value = line[line.index(b":") + 1 :].strip(b" \t")
-            found = self._pattern.findall(value)
-            if not found:
+            value = line[line.index(b":") + 2 : -2]
+            if value.startswith(self._prefix) and b";" not in value:  # it is alone
+                section[at] = b""
+                token = token or value[len(self._prefix) :].strip(b' \t"')
                 continue
-            token = found[0].strip(b' \t"')
-            rest = self._pattern.sub(b"", value).strip(b" \t;")
-            if rest:
-                lines[at] = b"Cookie: " + rest
-            else:
-                del lines[at]
+            found = self._pattern.findall(value)
+            if found:
+                token = token or found[0].strip(b' \t"')
+                rest = self._pattern.sub(b"", value).strip(b" \t;")
+                section[at] = b"Cookie: " + rest + b"\r\n" if rest else b""
         return token
 
 

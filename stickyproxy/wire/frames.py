@@ -7,9 +7,9 @@ add a frame of the proxy's own where one frame has ended and the next has not be
 
 from __future__ import annotations
 
-from typing_extensions import override
-
 from typing import Final
+
+from typing_extensions import override
 
 OPCODES: Final = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 CLOSE: Final = 8

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from stickyproxy.errors import RequestError, ResponseError
 from stickyproxy.wire.headers import (
-    CACHE_CONTROL,
     CONNECTION,
     CONTENT_LENGTH,
     COOKIE,
     EXPECT,
     FORWARDED,
-    HOP,
     HOST,
-    ORDINARY,
+    REQUEST_SPECIALS,
+    RESPONSE_CACHE_CONTROL,
+    RESPONSE_CONNECTION,
+    RESPONSE_CONTENT_LENGTH,
+    RESPONSE_SPECIALS,
+    RESPONSE_TRANSFER_ENCODING,
     TOKEN,
     TRANSFER_ENCODING,
     UPGRADE,
     VIA,
     FieldError,
-    classify,
-    kind_by_spelling,
+    canonicalise,
+    drop_fields,
     parse_content_length,
     parse_list,
-    split_fields,
 )
+
+if TYPE_CHECKING:
+    from stickyproxy.wire.headers import Section
 
 CHUNKED: Final = -1
 """Body length of a message that is sent in chunks."""
@@ -45,7 +50,10 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9])[0-9]{2}(?: [\t -~\x80-\xff]
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@]+)([/?].*)?")
 # uri-host [ ":" port ] of RFC 9110, section 7.2, with the underscore that container names use.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%A-Za-z0-9_~\-]+\]|[A-Za-z0-9._~!$&'()*+;=%\-]*)(?::[0-9]{0,5})?")
-_NEVER_DROPPED: Final = frozenset({b"host", b"cookie", b"content-length", b"transfer-encoding"})
+# The options that are no names of fields, and the fields without which a message would mean something else.
+_NEVER_DROPPED: Final = frozenset(
+    {b"close", b"keep-alive", b"upgrade", b"host", b"cookie", b"content-length", b"transfer-encoding"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class HeadLimits:
 class RequestHead:
     """The facts of one request head.
 
-    `lines` are the end-to-end fields, canonical, without CRLF; `cookies` the positions of Cookie fields in it;
+    `section` are the end-to-end fields; `cookies` the positions of its parts that are Cookie fields;
     `length` the body's bytes, or CHUNKED; `forwarded` what the client says of those before it, by lower-case name.
     """
 
@@ -74,8 +82,8 @@ class RequestHead:
         "is_upgrade",
         "keep_alive",
         "length",
-        "lines",
         "method",
+        "section",
         "target",
         "via",
     )
@@ -86,7 +94,7 @@ class RequestHead:
         self.is_http_10 = is_http_10
         self.keep_alive = not is_http_10
         self.host = b""
-        self.lines: list[bytes] = []
+        self.section: Section = []
         self.cookies: list[int] | None = None
         self.length = 0
         self.is_upgrade = False
@@ -102,13 +110,22 @@ class RequestHead:
 class ResponseHead:
     """The facts of one response head; `status_text` is the status code with its reason phrase."""
 
-    __slots__ = ("cache_control", "has_length", "is_upgrade", "keep_alive", "length", "lines", "status", "status_text")
+    __slots__ = (
+        "cache_control",
+        "has_length",
+        "is_upgrade",
+        "keep_alive",
+        "length",
+        "section",
+        "status",
+        "status_text",
+    )
 
     def __init__(self, status: int, status_text: bytes, *, keep_alive: bool) -> None:
         self.status = status
         self.status_text = status_text
         self.keep_alive = keep_alive
-        self.lines: list[bytes] = []
+        self.section: Section = []
         self.length = UNTIL_CLOSE
         self.has_length = False
         self.is_upgrade = False
@@ -119,8 +136,8 @@ class ResponseHead:
         return f"<ResponseHead {self.status} length={self.length}>"
 
 
-class _Special:
-    """The fields of a head that are not passed on as they are, gathered while the others are."""
+class _Framing:
+    """The fields of one head that concern its connection only, in lower case; gathered and then dropped."""
 
     __slots__ = ("connection", "length", "transfer_encoding", "upgrade")
 
@@ -130,26 +147,25 @@ class _Special:
         self.transfer_encoding: bytes | None = None
         self.upgrade: bytes | None = None
 
-    def take(self, kind: int, value: bytes) -> None:
-        if kind == CONNECTION:
-            self.connection = (self.connection or []) + parse_list(value)
-        elif kind == CONTENT_LENGTH:
-            if self.length is not None:
-                raise FieldError("several Content-Length fields")  # RFC 9112, section 6.3
-            self.length = parse_content_length(value)
-        elif kind == TRANSFER_ENCODING:
-            if self.transfer_encoding is not None:
-                raise FieldError("several Transfer-Encoding fields")
-            self.transfer_encoding = value.lower()
-        elif kind == UPGRADE:
-            self.upgrade = value.lower() if self.upgrade is None else b","
+    def take_connection(self, value: bytes) -> None:
+        self.connection = (self.connection or []) + parse_list(value)
+
+    def take_length(self, value: bytes) -> None:
+        if self.length is not None:
+            raise FieldError("several Content-Length fields")  # RFC 9112, section 6.3
+        self.length = parse_content_length(value)
+
+    def take_transfer_encoding(self, value: bytes) -> None:
+        if self.transfer_encoding is not None:
+            raise FieldError("several Transfer-Encoding fields")
+        self.transfer_encoding = value
+
+    def take_upgrade(self, value: bytes) -> None:
+        self.upgrade = value if self.upgrade is None else b","  # two of them are none
 
     @property
     def is_websocket(self) -> bool:
         return self.upgrade == b"websocket" and self.connection is not None and b"upgrade" in self.connection
-
-
-_PLAIN = _Special()  # never written to
 
 
 def find_head_end(data: bytes | bytearray, start: int = 0) -> int:
@@ -164,67 +180,88 @@ def parse_request_head(data: bytes, end: int, limits: HeadLimits) -> RequestHead
     if line is None:
         raise _request_line_error(data, limits)
     method, target, minor = line.groups()
+    start = line.end()
     if len(target) > limits.target_bytes:
         raise RequestError("the request target is too long", status=414)
-    if end > limits.head_bytes:
-        raise RequestError("the request head is too large", status=431)
+    if end > limits.line_bytes or data.count(b"\n", start, end) > limits.fields:
+        _check_size(data, start, end, limits)
     head = RequestHead(method, target, is_http_10=minor == b"0")
     try:
-        fields = split_fields(data, line.end(), end - 2)
-        if len(fields) > limits.fields:
-            raise RequestError("too many header fields", status=431)
-        if end > limits.line_bytes and max(len(line) for line, _ in fields) > limits.line_bytes:
-            raise RequestError("a header line is too long", status=431)
-        special = _read_request_fields(head, fields)
+        canonical = canonicalise(data, start, end - 2)
+        if canonical is not None:
+            data = data[:start] + canonical + b"\r\n"
+            end = len(data)
+        framing = _read_request_section(head, data, start, end - 2)
     except FieldError as error:
         raise RequestError(str(error)) from error
-    if target[0] != 0x2F:  # "/"
+    if framing is not None:
+        _read_request_framing(head, framing)
+    if target[:1] != b"/":
         _read_target(head)
-    if special is not _PLAIN:
-        _read_request_connection(head, special)
     return head
 
 
-def _read_request_fields(head: RequestHead, fields: list[tuple[bytes, bytes]]) -> _Special:
-    lines = head.lines
-    special = _PLAIN
-    known = kind_by_spelling.get
+def _check_size(data: bytes, start: int, end: int, limits: HeadLimits) -> None:
+    if end > limits.head_bytes:
+        raise RequestError("the request head is too large", status=431)
+    lines = data[start : end - 4].split(b"\r\n")
+    if len(lines) > limits.fields:
+        raise RequestError("too many header fields", status=431)
+    if max(len(line) for line in lines) > limits.line_bytes:
+        raise RequestError("a header line is too long", status=431)
+
+
+def _read_request_section(head: RequestHead, data: bytes, start: int, end: int) -> _Framing | None:  # noqa: C901, PLR0912 -- one branch for each field, in one pass
+    """Read `data[start:end]`; return the framing fields, None where there are none as in most requests."""
+    framing: _Framing | None = None
+    section = head.section
     hosts = 0
-    for line, name in fields:
-        kind = known(name)
-        if kind is None:
-            kind = classify(name)
-        if kind == ORDINARY:
-            lines.append(line)
-        elif kind == HOST:
+    at = start
+    lower = data[:end].lower()  # bytes.lower() changes ASCII letters only
+    for match in REQUEST_SPECIALS.finditer(lower, start - 1, end):
+        kind = match.lastindex
+        value_at = match.end()
+        stop = data.find(b"\r\n", value_at)
+        if kind == HOST:
+            head.host = data[value_at:stop]
             hosts += 1
-            head.host = line[6:]
-            lines.append(line)
-        elif kind == CONNECTION and line[12:] == b"keep-alive" and not head.is_http_10:
-            pass  # what every browser says, and the default
-        elif kind == COOKIE:
+            continue
+        if kind == EXPECT:
+            head.expects_continue = lower[value_at:stop] == b"100-continue"
+            continue
+        line_at = match.start() + 1
+        if line_at > at:
+            section.append(data[at:line_at])
+        at = stop + 2
+        if kind == COOKIE:
             if head.cookies is None:
                 head.cookies = []
-            head.cookies.append(len(lines))
-            lines.append(line)
+            head.cookies.append(len(section))
+            section.append(data[line_at:at])
+        elif kind == CONNECTION and lower[value_at:stop] == b"keep-alive" and not head.is_http_10:
+            pass  # what every browser says, and the default
         elif kind == FORWARDED:
-            _gather(head, name.lower(), line[len(name) + 2 :])
+            _gather(head, lower[line_at : value_at - 2], data[value_at:stop])
         elif kind == VIA:
-            value = line[len(name) + 2 :]
-            head.via = value if head.via is None else head.via + b", " + value
-        elif kind < HOST:
-            if kind == EXPECT:
-                head.expects_continue = line[len(name) + 2 :].lower() == b"100-continue"
-            lines.append(line)
-        elif kind != HOP:
-            if special is _PLAIN:
-                special = _Special()
-            special.take(kind, line[len(name) + 2 :])
+            head.via = data[value_at:stop] if head.via is None else head.via + b", " + data[value_at:stop]
+        elif kind is not None:
+            if framing is None:
+                framing = _Framing()
+            if kind == CONNECTION:
+                framing.take_connection(lower[value_at:stop])
+            elif kind == CONTENT_LENGTH:
+                framing.take_length(lower[value_at:stop])
+            elif kind == TRANSFER_ENCODING:
+                framing.take_transfer_encoding(lower[value_at:stop])
+            elif kind == UPGRADE:
+                framing.take_upgrade(lower[value_at:stop])
+    if at < end:
+        section.append(data[at:end])
     if hosts != 1 and (hosts or not head.is_http_10):  # RFC 9112, section 3.2
         raise FieldError("several Host fields" if hosts else "no Host field")
     if _HOST.fullmatch(head.host) is None:
         raise FieldError("an invalid Host")
-    return special
+    return framing
 
 
 def _gather(head: RequestHead, name: bytes, value: bytes) -> None:
@@ -247,58 +284,47 @@ def _read_target(head: RequestHead) -> None:
     head.target = path if path[:1] == b"/" else b"/" + path
     head.host = match[1]
     # The authority of the target replaces Host, whatever that said.
-    lines, head.lines, cookies = head.lines, [b"Host: " + head.host], head.cookies
-    head.cookies = None
-    for at, line in enumerate(lines):
-        if line[:5].lower() == b"host:":
-            continue
-        if cookies is not None and at in cookies:
-            head.cookies = [*(head.cookies or []), len(head.lines)]
-        head.lines.append(line)
+    section = drop_fields(head.section, {b"host"})
+    head.section = [b"Host: " + head.host + b"\r\n", *section]
+    if head.cookies is not None:
+        head.cookies = [at + 1 for at in head.cookies]
 
 
-def _read_request_connection(head: RequestHead, special: _Special) -> None:
-    if special.connection is not None:
-        if b"close" in special.connection:
+def _read_request_framing(head: RequestHead, framing: _Framing) -> None:
+    if framing.connection is not None:
+        if b"close" in framing.connection:
             head.keep_alive = False
-        elif head.is_http_10 and b"keep-alive" in special.connection:
+        elif head.is_http_10 and b"keep-alive" in framing.connection:
             head.keep_alive = True
-        _drop_named(head, special.connection)
-    if special.transfer_encoding is not None:
-        if special.length is not None:
+        _drop_named(head, framing.connection)
+    if framing.transfer_encoding is not None:
+        if framing.length is not None:
             raise RequestError("both Content-Length and Transfer-Encoding")  # RFC 9112, section 6.1
         if head.is_http_10:
             raise RequestError("Transfer-Encoding in an HTTP/1.0 request")
-        if special.transfer_encoding != b"chunked":
-            if parse_list(special.transfer_encoding)[-1:] != [b"chunked"]:
+        if framing.transfer_encoding != b"chunked":
+            if parse_list(framing.transfer_encoding)[-1:] != [b"chunked"]:
                 raise RequestError("a Transfer-Encoding that does not end in chunked")
             raise RequestError("a transfer coding other than chunked", status=501)
         head.length = CHUNKED
-    elif special.length is not None:
-        head.length = special.length
+    elif framing.length is not None:
+        head.length = framing.length
     # Anything but a WebSocket handshake loses its Upgrade (RFC 6455, section 4.1; h2c is never passed on).
-    head.is_upgrade = (
-        special.is_websocket and head.method == b"GET" and special.length in {None, 0} and head.length == 0
-    ) and not head.is_http_10
+    head.is_upgrade = framing.is_websocket and head.method == b"GET" and head.length == 0 and not head.is_http_10
 
 
 def _drop_named(head: RequestHead, named: list[bytes]) -> None:
     """Drop the fields that Connection names (RFC 9110, section 7.6.1), but none that the proxy relies on."""
-    drop = {name for name in named if name not in _NEVER_DROPPED and name not in _CONNECTION_OPTIONS}
-    if not drop:
+    names = set(named) - _NEVER_DROPPED
+    if not names:
         return
-    cookies = {head.lines[at] for at in head.cookies or ()}
-    head.lines = [line for line in head.lines if line.partition(b":")[0].lower() not in drop]
-    if head.cookies is not None:
-        head.cookies = [at for at, line in enumerate(head.lines) if line in cookies]
-    for name in drop:
-        if head.forwarded is not None:
-            head.forwarded.pop(name, None)
-    if b"expect" in drop:
+    head.section = drop_fields(head.section, names)
+    if head.forwarded is not None:
+        head.forwarded = {name: value for name, value in head.forwarded.items() if name not in names}
+    if b"via" in names:
+        head.via = None
+    if b"expect" in names:
         head.expects_continue = False
-
-
-_CONNECTION_OPTIONS: Final = frozenset({b"close", b"keep-alive", b"upgrade"})
 
 
 def _request_line_error(data: bytes, limits: HeadLimits) -> RequestError:
@@ -322,64 +348,84 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
     if line is None:
         raise ResponseError("the upstream sent an invalid status line")
     status_text = line[2]
+    start = line.end()
     head = ResponseHead(int(status_text[:3]), status_text, keep_alive=line[1] == b"1")
-    if end > limits.head_bytes:
+    if end > limits.head_bytes or data.count(b"\n", start, end) > limits.fields + 1:
         raise ResponseError("the response head is too large", proxy_status="http_response_header_section_size")
     try:
-        fields = split_fields(data, line.end(), end - 2)
-        if len(fields) > limits.fields:
-            raise ResponseError("too many header fields", proxy_status="http_response_header_section_size")
-        special = _read_response_fields(head, fields)
+        canonical = canonicalise(data, start, end - 2)
+        if canonical is not None:
+            data = data[:start] + canonical + b"\r\n"
+            end = len(data)
+        framing = _read_response_section(head, data, start, end - 2)
     except FieldError as error:
         raise ResponseError(f"the upstream sent {error}") from error
-    if special is not _PLAIN:
-        _read_response_connection(head, special)
+    if framing is not None:
+        _read_response_framing(head, framing)
     status = head.status
-    if request_method == b"HEAD" or status == 304 or status == 204 or status < 200:  # noqa: PLR1714, PLR2004 -- hot
+    if status < 200 or status == 204 or status == 304 or request_method == b"HEAD":  # noqa: PLR1714, PLR2004 -- hot
         head.length = 0
+        if head.has_length and status in _LENGTHLESS:
+            head.section = drop_fields(head.section, {b"content-length"})
     return head
 
 
-def _read_response_fields(head: ResponseHead, fields: list[tuple[bytes, bytes]]) -> _Special:
-    lines = head.lines
-    special = _PLAIN
-    known = kind_by_spelling.get
-    for line, name in fields:
-        kind = known(name)
-        if kind is None:
-            kind = classify(name)
-        if kind == ORDINARY:
-            lines.append(line)
-        elif kind < CONNECTION:
-            if kind == CACHE_CONTROL:
-                head.cache_control = (head.cache_control or b"") + line[len(name) + 1 :].lower() + b","
-            lines.append(line)
-        elif kind == CONTENT_LENGTH and not head.has_length:
-            head.length = parse_content_length(line[len(name) + 2 :])
+def _read_response_section(head: ResponseHead, data: bytes, start: int, end: int) -> _Framing | None:
+    """Read `data[start:end]`; return the framing fields but Content-Length, None where there are none."""
+    framing: _Framing | None = None
+    section = head.section
+    at = start
+    lower = data[:end].lower()
+    for match in RESPONSE_SPECIALS.finditer(lower, start - 1, end):
+        kind = match.lastindex
+        value_at = match.end()
+        stop = data.find(b"\r\n", value_at)
+        if kind == RESPONSE_CONTENT_LENGTH:
+            if head.has_length:
+                raise FieldError("several Content-Length fields")  # RFC 9112, section 6.3
+            head.length = parse_content_length(data[value_at:stop])
             head.has_length = True
-            lines.append(line)
-        elif kind == CONTENT_LENGTH:
-            raise FieldError("several Content-Length fields")
-        elif kind != HOP:
-            if special is _PLAIN:
-                special = _Special()
-            special.take(kind, line[len(name) + 2 :])
-    return special
-
-
-def _read_response_connection(head: ResponseHead, special: _Special) -> None:
-    if special.connection is not None:
-        if b"close" in special.connection:
-            head.keep_alive = False
-        elif b"keep-alive" in special.connection:
+            continue
+        if kind == RESPONSE_CACHE_CONTROL:
+            head.cache_control = (head.cache_control or b"") + b"," + lower[value_at:stop]
+            continue
+        line_at = match.start() + 1
+        if line_at > at:
+            section.append(data[at:line_at])
+        at = stop + 2
+        if kind == RESPONSE_CONNECTION and lower[value_at:stop] == b"keep-alive":
             head.keep_alive = True
-        drop = {name for name in special.connection if name not in _NEVER_DROPPED} - _CONNECTION_OPTIONS
-        if drop:
-            head.lines = [line for line in head.lines if line.partition(b":")[0].lower() not in drop]
-    if special.transfer_encoding is not None:
+        elif kind is not None:
+            if framing is None:
+                framing = _Framing()
+            if kind == RESPONSE_CONNECTION:
+                framing.take_connection(lower[value_at:stop])
+            elif kind == RESPONSE_TRANSFER_ENCODING:
+                framing.take_transfer_encoding(lower[value_at:stop])
+            else:
+                framing.take_upgrade(lower[value_at:stop])
+    if at < end:
+        section.append(data[at:end])
+    return framing
+
+
+# RFC 9110, section 8.6: no Content-Length in 1xx and 204 (304 may have one, and keeps it).
+_LENGTHLESS: Final = frozenset({*range(100, 200), 204})
+
+
+def _read_response_framing(head: ResponseHead, framing: _Framing) -> None:
+    if framing.connection is not None:
+        if b"close" in framing.connection:
+            head.keep_alive = False
+        elif b"keep-alive" in framing.connection:
+            head.keep_alive = True
+        names = set(framing.connection) - _NEVER_DROPPED
+        if names:
+            head.section = drop_fields(head.section, names)
+    if framing.transfer_encoding is not None:
         if head.has_length:
             raise ResponseError("the upstream sent both Content-Length and Transfer-Encoding")
-        if special.transfer_encoding != b"chunked":
+        if framing.transfer_encoding != b"chunked":
             raise ResponseError("the upstream sent a transfer coding other than chunked")
         head.length = CHUNKED
-    head.is_upgrade = special.is_websocket
+    head.is_upgrade = framing.is_websocket

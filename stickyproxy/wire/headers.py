@@ -1,9 +1,9 @@
-"""Header fields: the grammar of a section, and the names that a proxy treats specially.
+"""Header sections: their grammar, and where in one the fields stand that a proxy treats specially.
 
-A section is read by one regular expression in C. Every line must match it from one line feed to the next, so the
-number of matches is compared with the number of line feeds: a line that does not match (a bare CR or LF, NUL, a space
-before the colon, an empty name, a fold) cannot hide. Lines that are legal but not in the canonical form
-`Name: value` are rewritten to it; what leaves this module is always canonical (RFC 9112, section 5).
+Two regular expressions do the work in C, so that an ordinary field costs nothing in Python: one says whether the whole
+section is well-formed and canonical (`Name: value`, no white space to spare), the other finds the few fields that are
+not simply passed on. A section that is legal but not canonical is rewritten first; one that is not legal is refused.
+What leaves the proxy is therefore always canonical (RFC 9112, section 5).
 """
 
 from __future__ import annotations
@@ -12,107 +12,58 @@ import re
 from typing import Final
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2
-_CANONICAL = re.compile(
-    rb"(?<=\n)((" + TOKEN + rb"): (?:[!-~\x80-\xff][\t -~\x80-\xff]*)?)\r\n",
-)
+_CANONICAL = re.compile(rb"(?:" + TOKEN + rb"+: (?:[!-~\x80-\xff][\t -~\x80-\xff]*+)?+\r\n)*+")
 _LOOSE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")
-_DIGITS = re.compile(rb"[0-9]{1,18}")
+_NUMBER = re.compile(rb"[0-9]{1,18}")
 _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
 
-Fields = list[tuple[bytes, bytes]]
-"""Each field as (whole canonical line without CRLF, name as spelled)."""
+# The numbers are those of the groups in the expressions below. What matches without a group is dropped: it concerns
+# one connection only (RFC 9110, section 7.6.1), or an application with a CGI-like environment, which cannot tell `_`
+# from `-`, would take it for a field that the proxy vouches for. `Proxy` would become HTTP_PROXY there ("httpoxy").
+# The alternatives are arranged by their first letters, for they are tried one by one at each line.
+REQUEST_SPECIALS: Final = re.compile(
+    rb"\n(?:(host)|c(?:(ookie)|on(?:(nection)|(tent-length)|tent_length))|t(?:(ransfer-encoding)|ransfer_encoding|e)"
+    rb"|(upgrade)|(expect)|(via)"
+    rb"|(x-(?:forwarded-(?:for|host|port|prefix|proto|scheme|ssl)|re(?:al-ip|quest-id)|scheme)|forwarded)"
+    rb"|x[-_](?:forwarded[-_](?:for|host|port|prefix|proto|scheme|ssl)|re(?:al[-_]ip|quest[-_]id))"
+    rb"|keep-alive|http2-settings|proxy(?:-connection)?): "
+)
+HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, EXPECT, VIA, FORWARDED = range(1, 10)
+RESPONSE_SPECIALS: Final = re.compile(
+    rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)"
+    rb"|keep-alive|proxy-connection): "
+)
+(RESPONSE_CONNECTION, RESPONSE_CONTENT_LENGTH, RESPONSE_CACHE_CONTROL, RESPONSE_TRANSFER_ENCODING, RESPONSE_UPGRADE) = (
+    range(1, 6)
+)
+
+Section = list[bytes]
+"""A header section in parts, each of whole canonical lines with their CRLF."""
 
 
 class FieldError(ValueError):
     """A header section or a field value breaks the grammar; the text says how."""
 
 
-# What the proxy does with a field. Plain integers: they are compared for every field of every head.
-ORDINARY: Final = 0  # passes unchanged
-CACHE_CONTROL: Final = 1  # passes unchanged, and is read on responses
-EXPECT: Final = 2  # passes unchanged, and is read on requests
-HOST: Final = 3
-COOKIE: Final = 4
-FORWARDED: Final = 5  # says who the client is: taken over from trusted proxies only
-VIA: Final = 6
-CONNECTION: Final = 7
-CONTENT_LENGTH: Final = 8
-TRANSFER_ENCODING: Final = 9
-UPGRADE: Final = 10
-HOP: Final = 11  # concerns one connection only: always dropped
+def canonicalise(data: bytes, start: int, end: int) -> bytes | None:
+    """Return the lines `data[start:end]`, which all end in CRLF, in canonical form; None where they are already.
 
-_KINDS: Final[dict[bytes, int]] = {
-    b"host": HOST,
-    b"connection": CONNECTION,
-    b"content-length": CONTENT_LENGTH,
-    b"transfer-encoding": TRANSFER_ENCODING,
-    b"upgrade": UPGRADE,
-    b"cookie": COOKIE,
-    b"keep-alive": HOP,
-    b"proxy-connection": HOP,
-    b"te": HOP,
-    b"http2-settings": HOP,  # h2c is never passed on
-    b"proxy": HOP,  # becomes HTTP_PROXY in CGI-like applications ("httpoxy", CVE-2016-5385)
-    b"forwarded": FORWARDED,
-    b"x-forwarded-for": FORWARDED,
-    b"x-forwarded-proto": FORWARDED,
-    b"x-forwarded-host": FORWARDED,
-    b"x-forwarded-port": FORWARDED,
-    b"x-forwarded-prefix": FORWARDED,
-    b"x-forwarded-scheme": FORWARDED,
-    b"x-forwarded-ssl": FORWARDED,
-    b"x-scheme": FORWARDED,
-    b"x-real-ip": FORWARDED,
-    b"x-request-id": FORWARDED,
-    b"via": VIA,
-    b"cache-control": CACHE_CONTROL,
-    b"expect": EXPECT,
-}
-
-# Spellings already seen. Bounded, so that a client that invents names costs no memory; full, it only gets slower.
-_MAX_SPELLINGS: Final = 2048
-kind_by_spelling: dict[bytes, int] = {}
-
-
-def classify(name: bytes) -> int:
-    """Return the kind of a field name in any spelling, and remember it in `kind_by_spelling`.
-
-    Applications with CGI-like environments cannot tell `_` from `-`: `Content_Length` is dropped as they would
-    take it for the real one.
+    Raises FieldError where they are not legal.
     """
-    lower = name.lower()  # bytes.lower() changes ASCII letters only
-    kind = _KINDS.get(lower, ORDINARY)
-    if kind == ORDINARY and b"_" in lower and _KINDS.get(lower.replace(b"_", b"-"), ORDINARY):
-        kind = HOP
-    if len(kind_by_spelling) < _MAX_SPELLINGS:
-        kind_by_spelling[name] = kind
-    return kind
-
-
-def split_fields(section: bytes, start: int, end: int) -> Fields:
-    """Split `section[start:end]`, lines that each end in CRLF, into canonical fields.
-
-    `section[start - 1]` must be the line feed that ends the line before. Raises FieldError.
-    """
-    fields: Fields = _CANONICAL.findall(section, start - 1, end)
     if (
-        len(fields) != section.count(b"\n", start, end)
-        or section.find(b" \r\n", start, end) >= 0
-        or section.find(b"\t\r\n", start, end) >= 0
+        _CANONICAL.fullmatch(data, start, end) is not None
+        and data.find(b" \r\n", start, end) < 0
+        and data.find(b"\t\r\n", start, end) < 0
     ):
-        return _canonicalise(section[start:end])
-    return fields
-
-
-def _canonicalise(section: bytes) -> Fields:
-    fields: Fields = []
-    for line in section.split(b"\r\n")[:-1]:
+        return None
+    lines = []
+    for line in data[start:end].split(b"\r\n")[:-1]:
         match = _LOOSE.fullmatch(line)
         if match is None:
             raise FieldError(_fault_of(line))
         name, value = match.groups()
-        fields.append((name + b": " + value.rstrip(b" \t"), name))
-    return fields
+        lines.append(name + b": " + value.rstrip(b" \t") + b"\r\n")
+    return b"".join(lines)
 
 
 def _fault_of(line: bytes) -> str:
@@ -132,9 +83,26 @@ def _fault_of(line: bytes) -> str:
     return "a header line that breaks the grammar"
 
 
+def drop_fields(section: Section, names: set[bytes]) -> Section:
+    """Return the section without the fields of these lower-case names; each part keeps its place. O(fields)."""
+    return [
+        b"".join(line + b"\r\n" for line in part.split(b"\r\n")[:-1] if line.partition(b":")[0].lower() not in names)
+        for part in section
+    ]
+
+
+def find_field(section: Section, name: bytes) -> bytes:
+    """Return the value of the first field of this lower-case name, or nothing; for the slow path only. O(fields)."""
+    for part in section:
+        for line in part.split(b"\r\n"):
+            if line[: len(name)].lower() == name and line[len(name) : len(name) + 1] == b":":
+                return line[len(name) + 2 :]
+    return b""
+
+
 def parse_content_length(value: bytes) -> int:
     """Parse a Content-Length (RFC 9110, section 8.6) into bytes; raise FieldError unless it is one plain number."""
-    if _DIGITS.fullmatch(value) is None:
+    if _NUMBER.fullmatch(value) is None:
         raise FieldError("an invalid Content-Length")
     return int(value)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 LISTENER_FORMS = (
     "expected an address such as 127.0.0.1:8080, :8080 (all interfaces), [::1]:8080 or unix:/run/proxy.sock"
 )
@@ -143,6 +144,7 @@ def test_loopback_is_what_only_this_machine_reaches(written: str, is_loopback: b
 URL_ALPHABET = st.sampled_from([*"abz019:/.[]@?#%*-_ \n\0", "http://", "unix:/", "http+unix:///", "::1", "é"])
 
 
+@UNHURRIED
 @given(st.lists(URL_ALPHABET).map("".join) | st.text())
 def test_any_text_is_an_address_or_refused(text: str) -> None:
     for parse in (parse_listener, parse_upstream_url):

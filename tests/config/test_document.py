@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.config.document import MAX_DEPTH, MAX_VALUES, read_document
 from stickyproxy.config.errors import ConfigErrors
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 
 
 def test_each_value_has_the_line_of_its_key_or_item() -> None:
@@ -147,6 +149,7 @@ YAML_ALPHABET = st.sampled_from(
 )
 
 
+@UNHURRIED
 @given(st.lists(YAML_ALPHABET).map("".join) | st.text())
 def test_any_text_is_a_document_or_one_error(text: str) -> None:
     lines: list[int | None]

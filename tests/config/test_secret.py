@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import pytest
+from pydantic import BaseModel, PlainValidator
 
 from stickyproxy.config.secret import Sources, read_secret, read_signing_secret, read_token
 
@@ -64,6 +65,16 @@ def test_a_token_has_16_visible_characters() -> None:
     for bad in (" ", "é", "\n", "\x7f"):
         with pytest.raises(ValueError, match=r"^a token has visible ASCII characters only, no spaces$"):
             read_token("t" * 16 + bad, NOWHERE)
+
+
+class Validation(BaseModel):
+    field: Annotated[object, PlainValidator(lambda _, info: Sources.of(info))]
+
+
+def test_sources_are_the_context_of_a_validation() -> None:
+    given = Sources({"NAME": SECRET})
+    assert Validation.model_validate({"field": 1}, context=given).field is given
+    assert Validation.model_validate({"field": 1}).field == NOWHERE
 
 
 def test_the_environment_is_not_shown() -> None:

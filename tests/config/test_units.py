@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.config.units import (
@@ -22,6 +22,7 @@ from stickyproxy.config.units import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 NEEDS_DURATION = "expected a duration such as 500ms, 30s, 10m, 1h or 2d"
 NEEDS_SIZE = "expected a size such as 512B, 64KiB or 1MiB"
 
@@ -131,6 +132,7 @@ def outcome(parse: Callable[[object], float], value: object) -> tuple[float, str
         return 0, str(error)
 
 
+@UNHURRIED
 @given(ANY_YAML_VALUE | st.from_regex(DURATION_PATTERN, fullmatch=True))
 def test_any_value_is_a_duration_within_bounds_or_refused(value: object) -> None:
     found, message = outcome(parse_duration, value)
@@ -138,6 +140,7 @@ def test_any_value_is_a_duration_within_bounds_or_refused(value: object) -> None
     assert message is None or message.startswith("expected a duration")
 
 
+@UNHURRIED
 @given(ANY_YAML_VALUE | st.from_regex(SIZE_PATTERN, fullmatch=True))
 def test_any_value_is_a_size_within_bounds_or_refused(value: object) -> None:
     found, message = outcome(parse_size, value)

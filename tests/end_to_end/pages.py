@@ -1,8 +1,9 @@
 """The two sample apps as a visitor sees and uses them."""
 
 import re
+from pathlib import Path
 
-from playwright.sync_api import FilePayload, expect
+from playwright.sync_api import expect
 
 from tests.helpers.browser import TIMEOUT_S, Answer, Visitor
 
@@ -37,8 +38,7 @@ class CounterPage:
     def block(self) -> None:
         self.tab.page.get_by_role("button", name="block").click()
 
-    def upload(self, content: bytes) -> None:
-        file: FilePayload = {"name": "upload.bin", "mimeType": "application/octet-stream", "buffer": content}
+    def upload(self, file: Path) -> None:
         self.tab.page.locator("input[type=file]").set_input_files(file)
 
     def expect_count(self, count: int) -> None:
@@ -74,10 +74,9 @@ class ChatPage:
         self.tab.page.locator("#chat-input").fill(text)
         self.tab.page.locator("#chat-submit").click()
 
-    def attach(self, content: bytes) -> None:
+    def attach(self, file: Path) -> None:
         """Attach a file to the next message and wait until the app has it."""
         before = len(self._uploads())
-        file: FilePayload = {"name": "upload.txt", "mimeType": "text/plain", "buffer": content}
         self.tab.page.locator("#upload-button-input").set_input_files(file)
         self.tab.wait_until(lambda: len(self._uploads()) > before, "the file is uploaded")
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -96,12 +97,16 @@ def test_without_affinity_the_chat_does_not_work(visitors: Visitors, round_robin
     print(f"400 Invalid session: {len(chats)} of {len(chats)} visitors, 403: {sum(refused_upgrades)}")
 
 
-def test_an_upload_reaches_the_process_of_the_session(visitors: Visitors, peer: Peer, fleet: Fleet) -> None:
+def test_an_upload_reaches_the_process_of_the_session(
+    visitors: Visitors, peer: Peer, fleet: Fleet, tmp_path: Path
+) -> None:
+    file = tmp_path / "upload.txt"
+    file.write_text("text " * 200_000)
     chats = open_chats(visitors, peer.url)
     pids = pids_of_replies(chats, 1)
 
     for chat in chats:
-        chat.attach(b"text " * 200_000)
+        chat.attach(file)
         chat.say("what does it say?")
     assert [chat.pid_of_reply(2, files=1) for chat in chats] == pids
     assert set(pids) == fleet.pids

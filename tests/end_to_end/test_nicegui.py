@@ -1,6 +1,7 @@
 """NiceGUI, whose page lives in one process before its socket is opened: the socket finds that process, and stays."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -113,12 +114,16 @@ def test_polling_stays_too(visitors: Visitors, peer: Peer, fleet: Fleet) -> None
             assert page.tab.page_loads == 1
 
 
-def test_an_upload_reaches_the_process_of_the_page(visitors: Visitors, peer: Peer, fleet: Fleet) -> None:
+def test_an_upload_reaches_the_process_of_the_page(
+    visitors: Visitors, peer: Peer, fleet: Fleet, tmp_path: Path
+) -> None:
+    file = tmp_path / "upload.bin"
+    file.write_bytes(bytes(UPLOAD_BYTES))
     pages = open_pages(visitors, peer.url)
     pids = pids_of(pages)
 
     for page in pages:
-        page.upload(bytes(UPLOAD_BYTES))
+        page.upload(file)
     for page, pid in zip(pages, pids, strict=True):
         page.expect_upload(pid, UPLOAD_BYTES)
         page.tab.assert_undisturbed()

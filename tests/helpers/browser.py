@@ -37,6 +37,8 @@ window.WebSocket = class extends window.WebSocket {
 };
 """
 WEBSOCKET_CLOSED = re.compile(r"WebSocket closed (\d+)")
+# An answer to a handshake that is not 101 is seen only as the text of an error.
+WEBSOCKET_REFUSED = re.compile(r"Unexpected response code: (\d+)")
 
 
 def launch_chromium(playwright: Playwright) -> Browser:
@@ -122,22 +124,29 @@ class Tab:
         session = context.new_cdp_session(self.page)
         session.on("Network.requestWillBeSent", lambda event: self._note_url(event, event["request"]["url"]))
         session.on("Network.webSocketCreated", lambda event: self._note_url(event, event["url"]))
-        session.on("Network.responseReceivedExtraInfo", lambda event: self._note_answer(event, event))
+        session.on("Network.responseReceivedExtraInfo", self._on_response)
         session.on("Network.webSocketHandshakeResponseReceived", self._on_handshake)
+        session.on("Network.webSocketFrameError", self._on_websocket_error)
         session.send("Network.enable")
 
     def _note_url(self, event: Mapping[str, Any], url: str) -> None:
         self._urls[event["requestId"]] = url
 
-    def _note_answer(self, event: Mapping[str, Any], response: Mapping[str, Any]) -> None:
-        status = response["statusCode"] if "statusCode" in response else response["status"]
-        headers = {name.lower(): value for name, value in response["headers"].items()}
-        cookies = headers.get("set-cookie", "")
-        self._answers.append((event["requestId"], status, tuple(cookies.splitlines())))
+    def _on_response(self, event: Mapping[str, Any]) -> None:
+        self._note_answer(event, event["statusCode"], event["headers"])
 
     def _on_handshake(self, event: Mapping[str, Any]) -> None:
-        self.websockets_opened += event["response"]["status"] == 101
-        self._note_answer(event, event["response"])
+        self.websockets_opened += 1
+        self._note_answer(event, event["response"]["status"], event["response"]["headers"])
+
+    def _on_websocket_error(self, event: Mapping[str, Any]) -> None:
+        if refused := WEBSOCKET_REFUSED.search(event["errorMessage"]):
+            self._note_answer(event, int(refused[1]), {})
+
+    def _note_answer(self, event: Mapping[str, Any], status: int, headers: Mapping[str, str]) -> None:
+        cookies = [value for name, value in headers.items() if name.lower() == "set-cookie"]
+        lines = tuple(line for value in cookies for line in value.splitlines())
+        self._answers.append((event["requestId"], status, lines))
 
     def _on_request(self, request: Request) -> None:
         self.page_loads += request.is_navigation_request() and request.frame == self.page.main_frame
@@ -148,7 +157,7 @@ class Tab:
             self.console.append(line)
         if closed := WEBSOCKET_CLOSED.match(message.text):
             self.websocket_closes.append(int(closed[1]))
-        elif message.type == "error" and self._is_of_site(message.location["url"]):
+        elif message.type == "error" and (not message.location["url"] or self._is_of_site(message.location["url"])):
             self.errors.append(message.text)
 
 

@@ -58,6 +58,7 @@ def main() -> None:
         port=arguments.port,
         reconnect_timeout=arguments.reconnect_timeout_s,
         storage_secret=os.environ["STORAGE_SECRET"],
+        tailwind=False,
         reload=False,
         show=False,
         uvicorn_logging_level="info",

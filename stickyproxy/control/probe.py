@@ -1,0 +1,252 @@
+"""Probes: active health checks over connections of their own, one task for each upstream.
+
+A probe that passes or fails moves the health of its upstream by `rise` and `fall`. Only a refused connection, or a
+socket file that is not there, says that the process is gone; a slow answer never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from random import SystemRandom
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, Literal
+
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+    UnixConnector,
+)
+from yarl import URL
+
+from stickyproxy import __version__
+from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.observe.counters import ProbeCounters
+from stickyproxy.tasks import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stickyproxy.config import Address, Health, Probe
+    from stickyproxy.control.routing import Routing
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["passed", "failed", "refused", "timeout"]
+
+_LOOK_S: Final = 1.0  # an upstream that refuses connections is tried this often: its clients wait for it
+_CONNECT_TIMEOUT_S: Final = 2.0  # where the file asks for no probes; the default of those that it does
+# The proxy has run out of something: that says nothing about an upstream.
+_OWN_FAULTS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_GONE: Final = (ConnectionRefusedError, FileNotFoundError)
+# What the data plane takes from an upstream, it must take from a probe's answer too.
+_LINE_BYTES: Final = 64 * 1024
+_HEAD_BYTES: Final = 128 * 1024
+_SHOWN: Final = 20  # upstreams named in one log line
+_EVENTS: Final = {
+    "passed": HealthEvent.PROBE_PASSED,
+    "failed": HealthEvent.PROBE_FAILED,
+    "refused": HealthEvent.REFUSED,
+    "timeout": HealthEvent.PROBE_FAILED,
+}
+
+
+class ProbeFailedError(Exception):
+    """An upstream answered a probe, but not well; the text says how."""
+
+
+class Connecting:
+    """The probe that only opens a connection and closes it again."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+
+    async def probe(self) -> None:
+        """Connect; raise OSError, ConnectionRefusedError only where every address of the name refuses."""
+        errors: list[OSError] = []
+        for family, address in await self._resolve():
+            try:
+                return await _connect(family, address)
+            except OSError as error:
+                errors.append(error)
+        raise next((error for error in errors if not isinstance(error, _GONE)), errors[0])
+
+    async def _resolve(self) -> list[tuple[socket.AddressFamily, str | tuple[str | int, ...]]]:
+        if self._address.is_unix:
+            return [(socket.AF_UNIX, self._address.path)]
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self._address.host, self._address.port, type=socket.SOCK_STREAM
+        )
+        return [(family, address) for family, _, _, _, address in found]
+
+    async def close(self) -> None:
+        """Release nothing: nothing is held."""
+
+
+async def _connect(family: socket.AddressFamily, address: str | tuple[str | int, ...]) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as link:
+        link.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(link, address)
+
+
+class Asking:
+    """The probe that asks for a path over HTTP and looks at the status."""
+
+    def __init__(self, address: Address, settings: Probe) -> None:
+        self._settings = settings
+        authority = "localhost" if address.is_unix else str(address)
+        # As it stands in the file: nothing in it is escaped anew.
+        self._url = URL(f"http://{authority}{settings.path}", encoded=True)
+        self._session = ClientSession(
+            connector=UnixConnector(address.path, force_close=True)
+            if address.is_unix
+            else TCPConnector(force_close=True, use_dns_cache=False),
+            cookie_jar=DummyCookieJar(),
+            headers={"Host": authority, "User-Agent": f"stickyproxy-probe/{__version__}"},
+            timeout=ClientTimeout(total=None),  # the caller has one for every kind of probe
+            max_line_size=_LINE_BYTES,
+            max_field_size=_HEAD_BYTES,
+        )
+
+    async def probe(self) -> None:
+        """Ask; raise OSError, or ProbeFailedError for an answer that is not as expected."""
+        try:
+            async with self._session.get(self._url, allow_redirects=False) as response:
+                if not self._settings.expects(response.status):
+                    raise ProbeFailedError(f"status {response.status}")
+        except ClientConnectorError as error:
+            raise error.os_error from error
+        except ClientError as error:
+            raise ProbeFailedError(str(error) or type(error).__name__) from error
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._session.close()
+
+
+class Watch:
+    """The probes of one upstream: counted, reported, and logged where the result is another than before."""
+
+    def __init__(self, upstream_id: str, way: Connecting | Asking, timeout_s: float, routing: Routing) -> None:
+        self.upstream_id = upstream_id
+        self.counters = ProbeCounters()
+        self.is_due = asyncio.Event()
+        self._way = way
+        self._timeout_s = timeout_s
+        self._routing = routing
+        self._last = ""
+
+    async def probe(self) -> Outcome:
+        """Probe once and report the result; never raises but when cancelled."""
+        began_at = perf_counter()
+        outcome, reason, is_own_fault = await self._try()
+        self.counters.duration.observe(perf_counter() - began_at)
+        self.counters.outcomes[outcome] += 1
+        if reason != self._last:
+            logger.info("probe of upstream %s %s%s", self.upstream_id, outcome, f": {reason}" if reason else "")
+            self._last = reason
+        if not is_own_fault:
+            self._routing.report(self.upstream_id, _EVENTS[outcome])
+        return outcome
+
+    async def _try(self) -> tuple[Outcome, str, bool]:
+        """Return the outcome, the reason where it is bad, and whether the proxy itself is to blame."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._way.probe()
+        except TimeoutError:
+            return "timeout", f"no answer within {self._timeout_s:g} s", False
+        except _GONE as error:
+            return "refused", error.strerror or str(error), False
+        except OSError as error:
+            return "failed", error.strerror or str(error), error.errno in _OWN_FAULTS
+        except ProbeFailedError as error:
+            return "failed", str(error), False
+        except Exception:
+            logger.exception("probe of upstream %s crashed", self.upstream_id)
+            return "failed", "the probe crashed", True
+        return "passed", "", False
+
+    async def close(self) -> None:
+        """Close the connections of the probe."""
+        await self._way.close()
+
+
+class Prober:
+    """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id."""
+
+    def __init__(self, health: Health, routing: Routing) -> None:
+        self._settings = health.probe
+        self._routing = routing
+        self._watches: list[Watch] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._first: dict[str, Outcome] = {}
+        self._uniform: Callable[[float, float], float] = SystemRandom().uniform
+        self.counters: dict[str, ProbeCounters] = {}
+
+    def start(self) -> None:
+        """Begin to probe, all upstreams at once."""
+        for upstream_id, address in self._routing.addresses.items():
+            self._watches.append(watch := self._make_watch(upstream_id, address))
+            self.counters[upstream_id] = watch.counters
+            self._tasks.append(spawn(self._keep(watch), f"probe {upstream_id}"))
+        self._tasks.append(spawn(self._look(), "look for refused upstreams"))
+
+    async def stop(self) -> None:
+        """Probe no more; connections of probes under way are closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for watch in self._watches:
+            await watch.close()
+
+    def _make_watch(self, upstream_id: str, address: Address) -> Watch:
+        settings = self._settings
+        if settings is None:
+            return Watch(upstream_id, Connecting(address), _CONNECT_TIMEOUT_S, self._routing)
+        way = Connecting(address) if settings.path is None else Asking(address, settings)
+        return Watch(upstream_id, way, settings.timeout_s, self._routing)
+
+    async def _keep(self, watch: Watch) -> None:
+        """Probe one upstream again and again: regularly if the file says so, and whenever it is due."""
+        if self._settings is not None:
+            self._note_first(watch, await watch.probe())
+        while True:
+            try:
+                async with asyncio.timeout(self._pause_s()):
+                    await watch.is_due.wait()
+            except TimeoutError:
+                pass
+            await watch.probe()
+            watch.is_due.clear()
+
+    def _pause_s(self) -> float | None:
+        """Return the seconds to the next regular probe; None if there is none."""
+        if self._settings is None:
+            return None
+        jitter = self._settings.jitter_percent / 100
+        return self._settings.interval_s * self._uniform(1 - jitter, 1 + jitter)
+
+    async def _look(self) -> None:
+        """Let upstreams that refuse connections be probed each second, also where the data plane saw it first."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for watch in self._watches:
+                if self._routing.observed[watch.upstream_id].is_refused:
+                    watch.is_due.set()
+
+    def _note_first(self, watch: Watch, outcome: Outcome) -> None:
+        """Say which upstreams are not there yet, once the first probe of each has ended."""
+        self._first[watch.upstream_id] = outcome
+        if len(self._first) < len(self._watches):
+            return
+        missing = [f"{upstream_id} ({first})" for upstream_id, first in self._first.items() if first != "passed"]
+        if missing:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            logger.warning("%d of %d upstreams are not there yet: %s", len(missing), len(self._first), shown)

@@ -1,0 +1,326 @@
+"""The metrics: names, help texts and labels for the numbers that the planes count.
+
+A scrape has two halves. The one on the event loop copies the numbers into a `Numbers` (see `control/readings.py`); the
+other, `write_metrics`, writes the text from that copy alone, and so may run in a thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+from platform import python_version
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from typing_extensions import override
+
+from stickyproxy.affinity.snapshot import AdminState, Health
+from stickyproxy.observe.counters import METHOD_NAMES, STATUS_CLASSES, Histogram, ProbeCounters, UpstreamCounters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from prometheus_client import Metric
+
+_UPSTREAM: Final = ("cluster", "upstream")
+_OPCODES: Final = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
+# RFC 6455, section 7.4.1, and the IANA registry of close codes: 1012 to 1014 were added later.
+_REGISTERED_CLOSES: Final = range(1000, 1016)
+_PRIVATE_CLOSES: Final = {3: "3xxx", 4: "4xxx"}  # registered by libraries; for applications
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamNumbers:
+    """The numbers of one upstream at one moment.
+
+    `counters` and `probes` are copies that nobody changes. `open_received_bytes` and `open_sent_bytes` are those of
+    the tunnels that are still open: `counters` holds only the ended ones.
+    """
+
+    cluster: str
+    id: str
+    health: Health
+    admin: AdminState
+    is_refused: bool
+    sessions: int
+    idle_connections: int
+    counters: UpstreamCounters
+    probes: ProbeCounters
+    open_received_bytes: int = 0
+    open_sent_bytes: int = 0
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Return the values of the labels `cluster` and `upstream`."""
+        return self.cluster, self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """All numbers of the proxy at one moment; `none` are those of exchanges that reached no upstream, by cluster.
+
+    `affinity` is by outcome and `breaks` by reason; `guarded` says of each cluster whether it serves although no
+    upstream is healthy.
+    """
+
+    version: str
+    upstreams: tuple[UpstreamNumbers, ...]
+    none: Mapping[str, UpstreamCounters]
+    guarded: Mapping[str, bool]
+    affinity: Mapping[str, int]
+    breaks: Mapping[str, int]
+    downstream_connections: int
+    downstream_connections_total: int
+    access_log_dropped: int
+    event_loop_lag: Histogram
+
+
+class NumbersCollector(Collector):
+    """Names the numbers of one moment for prometheus_client."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        numbers = self._numbers
+        yield from _name_exchanges(numbers)
+        yield from _name_affinity(numbers)
+        yield from _name_tunnels(numbers.upstreams)
+        yield from _name_upstreams(numbers)
+        yield from _name_probes(numbers.upstreams)
+        yield from _name_proxy(numbers)
+
+
+def write_metrics(numbers: Numbers, accept: str) -> tuple[bytes, str]:
+    """Return the exposition and its media type, as the Accept header of the scrape asks for.
+
+    O(n) in the upstreams, about 0.3 ms for each: with many, call it in a thread.
+    """
+    try:
+        encode, content_type = choose_encoder(accept)
+    except ValueError:  # a version that is none
+        encode, content_type = choose_encoder("")
+    registry = CollectorRegistry()
+    for collector in (NumbersCollector(numbers), ProcessCollector(registry=None), PlatformCollector(registry=None)):
+        registry.register(collector)
+    return encode(registry), content_type
+
+
+def _counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"stickyproxy_{name}", text, labels=labels)
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"stickyproxy_{name}", text, labels=labels)
+
+
+def _histogram(name: str, text: str, *labels: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"stickyproxy_{name}", text, labels=labels)
+
+
+def _add(family: HistogramMetricFamily, labels: tuple[str, ...], histogram: Histogram) -> None:
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    family.add_metric(labels, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.total_s)
+
+
+def _name_exchanges(numbers: Numbers) -> Iterator[Metric]:
+    rows = [(upstream.labels, upstream.counters) for upstream in numbers.upstreams]
+    none = [((cluster, ""), counters) for cluster, counters in numbers.none.items()]
+
+    finished = _counter(
+        "exchanges",
+        "Exchanges that have ended, by the upstream that they reached; the upstream is empty where they reached none.",
+        *_UPSTREAM,
+        "method",
+        "status_class",
+    )
+    duration = _histogram(
+        "exchange_duration_seconds",
+        "Seconds from the head of a request to the end of its response; tunnels are not in it.",
+        *_UPSTREAM,
+    )
+    relayed = _counter(
+        "relayed_bytes",
+        "Bytes of bodies relayed: received from clients, sent to clients; tunnels are not in it.",
+        *_UPSTREAM,
+        "direction",
+    )
+    for labels, counters in rows + none:
+        for place, count in enumerate(counters.exchanges):
+            if count:
+                method, status_class = divmod(place, len(STATUS_CLASSES))
+                finished.add_metric((*labels, METHOD_NAMES[method], STATUS_CLASSES[status_class]), count)
+        _add(duration, labels, counters.duration)
+        relayed.add_metric((*labels, "received"), counters.received_bytes)
+        relayed.add_metric((*labels, "sent"), counters.sent_bytes)
+    yield finished
+    yield duration
+    yield relayed
+
+    response = _histogram(
+        "upstream_response_seconds",
+        "Seconds from the head of a request sent to the head of its response.",
+        *_UPSTREAM,
+    )
+    attempts = _counter(
+        "attempts", "Tries of exchanges at an upstream; one exchange may need several.", *_UPSTREAM, "outcome"
+    )
+    in_flight = _gauge("exchanges_in_flight", "Exchanges under way; tunnels are not in it.", *_UPSTREAM)
+    for labels, counters in rows:
+        _add(response, labels, counters.response)
+        for outcome, count in counters.attempts.items():
+            attempts.add_metric((*labels, outcome), count)
+        in_flight.add_metric(labels, counters.in_flight)
+    yield response
+    yield attempts
+    yield in_flight
+
+
+def _name_affinity(numbers: Numbers) -> Iterator[Metric]:
+    affinity = _counter("affinity", "Exchanges, by how their upstream was found.", "outcome")
+    for outcome, count in numbers.affinity.items():
+        affinity.add_metric((outcome,), count)
+    yield affinity
+    breaks = _counter("affinity_breaks", "Pins that were broken: the client was moved and lost its session.", "reason")
+    for reason, count in numbers.breaks.items():
+        breaks.add_metric((reason,), count)
+    yield breaks
+
+    active = _gauge("sessions_active", "Sessions in use: something of them is open, or was not long ago.", *_UPSTREAM)
+    remaining = _gauge(
+        "drain_sessions_remaining", "Sessions that an upstream in drain still holds; none for others.", *_UPSTREAM
+    )
+    for upstream in numbers.upstreams:
+        active.add_metric(upstream.labels, upstream.sessions)
+        if upstream.admin is AdminState.DRAIN:
+            remaining.add_metric(upstream.labels, upstream.sessions)
+    yield active
+    yield remaining
+
+
+def _name_tunnels(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
+    is_open = _gauge("tunnels_open", "Tunnels (WebSockets) that are open.", *_UPSTREAM)
+    opened = _counter("tunnels", "Tunnels that were opened.", *_UPSTREAM)
+    duration = _histogram("tunnel_duration_seconds", "Seconds that tunnels were open, of those that ended.", *_UPSTREAM)
+    size = _counter(
+        "tunnel_bytes",
+        "Bytes relayed in tunnels, open ones too: received from clients, sent to clients.",
+        *_UPSTREAM,
+        "direction",
+    )
+    frames = _counter(
+        "tunnel_frames",
+        "WebSocket frames seen in tunnels: received from clients, sent to clients.",
+        *_UPSTREAM,
+        "direction",
+        "opcode",
+    )
+    closes = _counter(
+        "tunnel_closes",
+        "Tunnels that ended, by who ended them, the close code (1006: no Close frame) and the cause.",
+        *_UPSTREAM,
+        "initiator",
+        "code",
+        "cause",
+    )
+    for upstream in upstreams:
+        labels, counters = upstream.labels, upstream.counters
+        is_open.add_metric(labels, counters.tunnels_open)
+        opened.add_metric(labels, counters.tunnels)
+        _add(duration, labels, counters.tunnel_duration)
+        size.add_metric((*labels, "received"), counters.tunnel_received_bytes + upstream.open_received_bytes)
+        size.add_metric((*labels, "sent"), counters.tunnel_sent_bytes + upstream.open_sent_bytes)
+        for direction, counts in (("received", counters.frames_received), ("sent", counters.frames_sent)):
+            for opcode, count in _by_opcode(counts).items():
+                frames.add_metric((*labels, direction, opcode), count)
+        for (initiator, code, cause), count in _by_close(counters).items():
+            closes.add_metric((*labels, initiator, code, cause), count)
+    yield from (is_open, opened, duration, size, frames, closes)
+
+
+def _by_opcode(counts: list[int]) -> Counter[str]:
+    """Return frame counts by the name of their opcode; reserved opcodes share one."""
+    named: Counter[str] = Counter()
+    for opcode, count in enumerate(counts):
+        if count:
+            named[_OPCODES.get(opcode, "other")] += count
+    return named
+
+
+def _by_close(counters: UpstreamCounters) -> Counter[tuple[str, str, str]]:
+    """Return the ends of tunnels with the codes folded: anybody may send any, and labels are a closed set."""
+    named: Counter[tuple[str, str, str]] = Counter()
+    for (initiator, code, cause), count in counters.closes.items():
+        named[initiator, name_close_code(code), cause] += count
+    return named
+
+
+def name_close_code(code: int) -> str:
+    """Return the label of a close code: the number of a registered one, else 3xxx, 4xxx or other."""
+    return str(code) if code in _REGISTERED_CLOSES else _PRIVATE_CLOSES.get(code // 1000, "other")
+
+
+def _name_upstreams(numbers: Numbers) -> Iterator[Metric]:
+    connections = _gauge(
+        "upstream_connections",
+        "Connections to upstreams: idle in the pool, or busy (held by an exchange or a tunnel, or being opened).",
+        *_UPSTREAM,
+        "state",
+    )
+    health = _gauge("upstream_health", "1 for the health that was observed, else 0.", *_UPSTREAM, "health")
+    refused = _gauge(
+        "upstream_refused", "1 where the last connection was refused (its process is gone), else 0.", *_UPSTREAM
+    )
+    admin = _gauge("upstream_admin_state", "1 for the state that the operator set, else 0.", *_UPSTREAM, "admin_state")
+    for upstream in numbers.upstreams:
+        labels, counters = upstream.labels, upstream.counters
+        connections.add_metric((*labels, "idle"), upstream.idle_connections)
+        connections.add_metric((*labels, "busy"), counters.in_flight + counters.tunnels_open)
+        for possible in Health:
+            health.add_metric((*labels, possible), upstream.health is possible)
+        refused.add_metric(labels, upstream.is_refused)
+        for state in AdminState:
+            admin.add_metric((*labels, state), upstream.admin is state)
+    guarded = _gauge(
+        "upstream_guarded", "1 where a cluster serves new clients although no upstream is healthy, else 0.", "cluster"
+    )
+    for cluster, is_guarded in numbers.guarded.items():
+        guarded.add_metric((cluster,), is_guarded)
+    yield from (connections, health, refused, admin, guarded)
+
+
+def _name_probes(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
+    duration = _histogram("probe_duration_seconds", "Seconds that probes took, whatever their outcome.", *_UPSTREAM)
+    outcomes = _counter("probes", "Probes (active health checks), by outcome.", *_UPSTREAM, "outcome")
+    for upstream in upstreams:
+        _add(duration, upstream.labels, upstream.probes.duration)
+        for outcome, count in upstream.probes.outcomes.items():
+            outcomes.add_metric((*upstream.labels, outcome), count)
+    yield duration
+    yield outcomes
+
+
+def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
+    connections = _gauge("downstream_connections", "Connections of clients that are open; tunnels are not in it.")
+    connections.add_metric((), numbers.downstream_connections)
+    yield connections
+    # Not "downstream_connections": OpenMetrics has one family, and so one type, for each name without its suffix.
+    accepted = _counter("downstream_connections_accepted", "Connections of clients that were accepted.")
+    accepted.add_metric((), numbers.downstream_connections_total)
+    yield accepted
+    dropped = _counter("access_log_dropped", "Lines of the access log that were dropped: nobody took them in time.")
+    dropped.add_metric((), numbers.access_log_dropped)
+    yield dropped
+    lag = _histogram("event_loop_lag_seconds", "Seconds that a timer of the event loop fired late, every 0.5 s.")
+    _add(lag, (), numbers.event_loop_lag)
+    yield lag
+    yield InfoMetricFamily(
+        "stickyproxy_build",
+        "Always 1; the labels name the version of the proxy and of Python.",
+        {"version": numbers.version, "python": python_version()},
+    )

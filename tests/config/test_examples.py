@@ -1,0 +1,92 @@
+"""The files of `config/` that users copy: they load, they are complete, and what they call a default is one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stickyproxy.config.document import read_document
+from stickyproxy.config.load import json_schema, load_file, load_text
+from stickyproxy.config.schema import Config
+
+EXAMPLES = Path(__file__).parents[2] / "config"
+COMMENTED = EXAMPLES / "stickyproxy.yaml"
+
+ENV = {"STICKYPROXY_SECRET": "s" * 32, "STICKYPROXY_ADMIN_TOKEN": "t" * 16}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_loads_with_an_empty_environment(path: Path) -> None:
+    assert load_file(path, {}).upstreams
+
+
+def test_the_minimal_example_is_minimal() -> None:
+    config = load_file(EXAMPLES / "minimal.yaml", {})
+    assert config.model_copy(update={"upstreams": ()}) == Config()
+
+
+def test_the_values_of_the_commented_example_are_the_defaults() -> None:
+    config = load_file(COMMENTED, {})
+    assert config.model_copy(update={"upstreams": ()}) == Config()
+    assert {upstream.weight for upstream in config.upstreams} == {1}
+
+
+def known_paths(schema: dict[str, Any], model: dict[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key, field in model["properties"].items():
+        found.append(f"{path}{key}")
+        for name in re.findall(r"#/\$defs/(\w+)", str(field)):
+            found += known_paths(schema, schema["$defs"][name], f"{path}{key}.")
+    return found
+
+
+def mentioned_paths(text: str) -> set[str]:
+    """Return the paths of the keys of a YAML text, without list positions: `upstreams.weight`."""
+    paths = read_document(text).lines
+    return {".".join(part for part in path if isinstance(part, str)) for path in paths}
+
+
+def uncommented_examples() -> list[str]:
+    """Return the commented example, once for each line such as `#domain: example.org` with that line in force."""
+    lines = COMMENTED.read_text(encoding="utf-8").splitlines()
+    texts = []
+    for number, line in enumerate(lines):
+        if match := re.match(r"(\s*)#([a-z_]+:|-) ", line):
+            key = f"{match[1]}{match[2]} "
+            kept = [
+                other
+                for position, other in enumerate(lines)
+                if match[2] == "-" or not (abs(position - number) <= 2 and other.startswith(key))
+            ]
+            kept[kept.index(line)] = line.replace("#", "", 1)
+            texts.append("\n".join(kept))
+    return texts
+
+
+def test_every_line_to_uncomment_loads() -> None:
+    texts = [text.replace("file:/run/secrets/stickyproxy-old", "o" * 32) for text in uncommented_examples()]
+    expect = [text for text in texts if re.search(r"^    expect:", text, re.MULTILINE)]
+    for text in texts:
+        complete = text.replace("path: null", "path: /healthz") if text in expect else text
+        assert load_text(complete, ENV) != Config()
+    assert len(texts) == 9
+    assert len(expect) == 1
+
+
+def test_every_key_is_mentioned() -> None:
+    mentioned = set().union(*map(mentioned_paths, uncommented_examples()))
+    schema = json_schema()
+    assert [path for path in known_paths(schema, schema) if path not in mentioned] == []
+
+
+def test_the_defaults_of_lines_to_uncomment_are_the_defaults() -> None:
+    """`expect` cannot stand without `path`, so its default is shown in a comment."""
+    (text,) = (text for text in uncommented_examples() if re.search(r"^    expect:", text, re.MULTILINE))
+    probe = load_text(text.replace("path: null", "path: /healthz"), {}).health.probe
+    default = Config().health.probe
+    assert probe is not None
+    assert default is not None
+    assert probe.model_copy(update={"path": None}) == default

@@ -1,0 +1,67 @@
+"""What the command line says over the file."""
+
+from __future__ import annotations
+
+import pytest
+
+from stickyproxy.config.address import Address
+from stickyproxy.config.errors import ConfigErrors
+from stickyproxy.config.load import load_text
+from stickyproxy.config.overrides import with_overrides
+from stickyproxy.config.schema import Config
+
+FROM_FILE = load_text(
+    """
+    listeners: [":80", ":81"]
+    upstreams: ["http://a", "http://b"]
+    admin: {address: "127.0.0.1:1", token: 0123456789abcdef}
+    """,
+    {},
+)
+
+FORMS = "expected an address such as 127.0.0.1:8080, :8080 (all interfaces), [::1]:8080 or unix:/run/proxy.sock"
+
+
+def test_nothing_given_changes_nothing() -> None:
+    assert with_overrides(FROM_FILE) == FROM_FILE
+
+
+def test_what_is_given_replaces_what_the_file_says() -> None:
+    config = with_overrides(FROM_FILE, urls=["http://c", "unix:/d"], listen=":82", admin=":2", workers="auto")
+    assert [upstream.id for upstream in config.upstreams] == ["c:80", "/d"]
+    assert [listener.address for listener in config.listeners] == [Address(port=82)]
+    assert config.admin is not None
+    assert config.admin.address == Address(port=2)
+    assert config.admin.token == "0123456789abcdef"
+    assert config.workers == "auto"
+    assert config.timeouts == FROM_FILE.timeouts
+
+
+def test_admin_can_be_switched_off_and_on() -> None:
+    without = with_overrides(FROM_FILE, admin="off")
+    assert without.admin is None
+    config = with_overrides(without, admin="127.0.0.1:3")
+    assert config.admin is not None
+    assert config.admin.address == Address("127.0.0.1", 3)
+
+
+def test_every_mistake_names_its_option() -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        with_overrides(Config(), urls=["http://a", "https://b", "http://a/"], listen="80", admin=":2", workers=2)
+    assert sorted(str(error) for error in raised.value.errors) == [
+        "--admin: an admin address that is not loopback needs a token; set admin.token in the file",
+        f"--listen: {FORMS}",
+        "--workers: this version runs one worker; expected 1 or auto",
+        "URL 2: https:// to an upstream comes in a later version; use http://",
+        "URL 3: a:80 is listed twice; for a larger share of clients set its weight",
+    ]
+
+
+def test_an_admin_address_that_is_none() -> None:
+    with pytest.raises(ConfigErrors, match=r"^--admin: expected an address such as "):
+        with_overrides(Config(), admin="x")
+
+
+def test_too_many_urls() -> None:
+    with pytest.raises(ConfigErrors, match=r"^URL: expected at most 1000 upstreams, got 1001$"):
+        with_overrides(Config(), urls=[f"http://a:{port}" for port in range(1, 1002)])
