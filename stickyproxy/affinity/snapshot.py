@@ -6,12 +6,12 @@ proxy asks two questions of them: may a new client be placed there, and may a pi
 
 from __future__ import annotations
 
-from typing_extensions import override
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Final, Literal
+
+from typing_extensions import override
 
 Policy = Literal["least_sessions", "round_robin", "random"]
 OnUnavailable = Literal["redispatch", "wait", "refuse"]
@@ -83,8 +83,9 @@ class Rules:
 class Snapshot:
     """The routing state of one cluster; equal input gives an equal snapshot, and nothing in it ever changes.
 
-    `pinnable` are the upstreams that keep their clients, by digest; `candidates` those for new clients. When none accepts any (all unhealthy, all refused), those that the
-    operator wants are used all the same and `is_guarded` is true: better a doubtful upstream than none.
+    `pinnable` are the upstreams that keep their clients, by digest; `candidates` those for new clients. When none
+    accepts any (all unhealthy, all refused), those that the operator wants are used all the same and `is_guarded` is
+    true: better a doubtful upstream than none.
     """
 
     __slots__ = ("by_digest", "candidates", "cluster", "is_guarded", "pinnable", "rotation", "rules", "upstreams")

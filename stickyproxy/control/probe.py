@@ -12,7 +12,7 @@ import logging
 import socket
 from random import SystemRandom
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiohttp import (
     ClientConnectorError,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SocketAddress = str | tuple[Any, ...]
 Outcome = Literal["passed", "failed", "refused", "timeout"]
 
 _LOOK_S: Final = 1.0  # an upstream that refuses connections is tried this often: its clients wait for it
@@ -77,7 +78,7 @@ class Connecting:
                 errors.append(error)
         raise next((error for error in errors if not isinstance(error, _GONE)), errors[0])
 
-    async def _resolve(self) -> list[tuple[socket.AddressFamily, str | tuple[str | int, ...]]]:
+    async def _resolve(self) -> list[tuple[socket.AddressFamily, SocketAddress]]:
         if self._address.is_unix:
             return [(socket.AF_UNIX, self._address.path)]
         found = await asyncio.get_running_loop().getaddrinfo(
@@ -89,10 +90,12 @@ class Connecting:
         """Release nothing: nothing is held."""
 
 
-async def _connect(family: socket.AddressFamily, address: str | tuple[str | int, ...]) -> None:
+async def _connect(family: socket.AddressFamily, address: SocketAddress) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as link:
         link.setblocking(False)
         await asyncio.get_running_loop().sock_connect(link, address)
+        # A Unix socket whose backlog is full says EAGAIN, which loops take for "under way", and then for success.
+        link.getpeername()
 
 
 class Asking:

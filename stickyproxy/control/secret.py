@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 _MIN_BYTES = 32
 
 
-def state_directory(configured: str | None) -> Path:
+def state_directory(configured: Path | None) -> Path:
     """Return where state is kept: as configured, or as systemd or the XDG base directories say."""
     if configured is not None:
-        return Path(configured)
+        return configured
     if directory := os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5), StateDirectory=
         return Path(directory.split(":", maxsplit=1)[0])
     base = os.environ.get("XDG_STATE_HOME")

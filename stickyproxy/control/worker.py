@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.affinity.sessions import SessionTable
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 _OFF: Final = float("inf")
 # A token is written anew after this part of the shortest of its lifetimes, so that they count from the last visit.
 _REFRESH_PART: Final = 0.25
-_POLL_S: Final = 0.05
+_TUNNEL_PAUSE_S: Final = 0.01  # between two tunnels, at most
 
 
 def make_settings(config: Config) -> Settings:
@@ -129,12 +130,13 @@ class Worker:
         pause_s = grace_s / 2 / len(tunnels) if tunnels else 0.0
         began = loop.time()
         for number, tunnel in enumerate(tunnels):
-            delay_s = began + number * min(pause_s, 0.01) - loop.time()
+            delay_s = began + number * min(pause_s, _TUNNEL_PAUSE_S) - loop.time()
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
             tunnel.shut()
-        while (plane.tunnels or plane.downstreams) and loop.time() < until:
-            await asyncio.sleep(_POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await plane.wait_until_empty()
         if plane.tunnels or plane.downstreams:
             logger.warning(
                 "the grace period is over: %d tunnels and %d connections are cut",

@@ -16,16 +16,16 @@ class Record:
     kind: str
     request_id: str
     client: str
-    method: bytes
-    target: bytes
-    host: bytes
     status: int
-    upstream: str
-    affinity: str
-    attempts: int
-    duration_s: float
-    received_bytes: int
-    sent_bytes: int
+    method: bytes = b""
+    target: bytes = b""
+    host: bytes = b""
+    upstream: str = ""
+    affinity: str = ""
+    attempts: int = 0
+    duration_s: float = 0.0
+    received_bytes: int = 0
+    sent_bytes: int = 0
     referer: bytes = b""
     user_agent: bytes = b""
     error: str = ""

@@ -101,7 +101,7 @@ class Downstream(asyncio.Protocol):
 
     def _begin(self, data: bytes, end: int) -> None:
         """Begin the exchange whose head ends at `end`, or wait for more of it."""
-        if data[0] == 0x0D and data[:2] == b"\r\n":  # one empty line before a request (RFC 9112, section 2.2)
+        if data[:2] == b"\r\n":  # one empty line before a request (RFC 9112, section 2.2)
             data = data[2:]
             end = find_head_end(data)
             if not data:
@@ -129,7 +129,9 @@ class Downstream(asyncio.Protocol):
         line_feed = held.find(b"\n", checked)
         if len(held) > limits.head_bytes:
             self.refuse(RequestError("the request head is too large", status=431))
-        elif (line_feed == 0 or (line_feed > 0 and held[line_feed - 1] != 0x0D)) or b"\x00" in held[checked:]:
+        elif (line_feed == 0 or (line_feed > 0 and held[line_feed - 1 : line_feed] != b"\r")) or b"\x00" in held[
+            checked:
+        ]:
             self.refuse(RequestError("a bare line feed or NUL in the request head"))
         elif len(held) > limits.target_bytes + 64 and b"\n" not in held[: limits.target_bytes + 64]:
             self.refuse(RequestError("the request line is too long", status=414))
@@ -142,24 +144,8 @@ class Downstream(asyncio.Protocol):
         self.transport.write(write_error(error, None, request_id, keep_alive=False))
         plane.counters.none.count_exchange(b"", error.status)
         if plane.log is not None:
-            plane.log(
-                Record(
-                    "exchange",
-                    request_id.decode(),
-                    self.forwarded.origin.address,
-                    b"",
-                    b"",
-                    b"",
-                    error.status,
-                    "",
-                    "",
-                    0,
-                    0.0,
-                    0,
-                    0,
-                    error=error.reason,
-                )  # fmt: skip
-            )
+            address = self.forwarded.origin.address
+            plane.log(Record("exchange", request_id.decode(), address, error.status, error=error.reason))
         self._linger()
 
     def hold(self, data: bytes) -> None:
@@ -179,23 +165,28 @@ class Downstream(asyncio.Protocol):
         self.exchange = None
         if keep_alive and is_request_whole and not plane.is_stopping:
             self.deadline = plane.now + plane.settings.timeouts.keep_alive_s
-            if self._held is not None:
+            if self._held:
                 self.deadline = plane.now + plane.settings.timeouts.head_s
                 plane.loop.call_soon(self._next)
             elif self._eof:
                 self.transport.close()
             if self._is_paused:
                 self.resume_reading()
-        elif is_request_whole and self._held is None:
+        elif is_request_whole and not self._held:
             self.transport.close()
         else:
             self._linger()
 
     def _next(self) -> None:
-        if self.exchange is None and not self._is_lingering and not self.transport.is_closing():
-            self._begin_held()
-            if self._eof and self.exchange is None and not self._is_lingering:
-                self.transport.close()
+        if self._is_lingering or self.transport.is_closing():
+            return
+        self._begin_held()
+        if self._eof and not self._is_busy:
+            self.transport.close()
+
+    @property
+    def _is_busy(self) -> bool:
+        return self.exchange is not None or self._is_lingering
 
     def _linger(self) -> None:
         """Close in an orderly way: a client still sending must be able to read the answer (RFC 9112, section 9.6)."""
@@ -244,6 +235,7 @@ class Downstream(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.on_client_lost()
             self.exchange = None
+        self.plane.on_closed()
 
     def become_tunnel(self) -> bytes:
         """Part from the connection, which a tunnel takes over; return what the client has sent already."""

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.errors import UsageError
@@ -47,19 +48,22 @@ def bind(address: Address) -> socket.socket:
 
 
 def _bind_unix(path: str) -> socket.socket:
+    if os.path.lexists(path) and stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116 -- one call, no objects
+        _remove_dead_socket(path)
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.path.lexists(path) and stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116 -- one call, no objects
-            if link.connect_ex(path) == 0:
-                raise OSError(errno.EADDRINUSE, "another process listens there")
-            os.unlink(path)  # noqa: PTH108
-            link.close()
-            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         link.bind(path)
     except OSError:
         link.close()
         raise
     return link
+
+
+def _remove_dead_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) == 0:
+            raise OSError(errno.EADDRINUSE, "another process listens there")
+    Path(path).unlink()
 
 
 def _explain(error: OSError) -> str:
@@ -95,10 +99,7 @@ class Listener:
         if self._server is not None:
             self._server.close()
         if self.address.path:
-            try:
-                os.unlink(self.address.path)  # noqa: PTH108
-            except FileNotFoundError:
-                pass
+            Path(self.address.path).unlink(missing_ok=True)
 
     def forwarded_writer(self, transport: asyncio.BaseTransport) -> ForwardedWriter:
         """Return what writes the fields about the client of a connection; shared by all from one address."""

@@ -59,6 +59,7 @@ class Plane:
         self.downstreams: set[Downstream] = set()
         self.tunnels: set[Tunnel] = set()
         self.is_stopping = False
+        self._is_empty = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.now = time.monotonic()
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
@@ -118,6 +119,16 @@ class Plane:
         self.is_stopping = True
         for downstream in tuple(self.downstreams):
             downstream.stop()
+
+    def on_closed(self) -> None:
+        """Note that a connection or a tunnel has ended; the last one ends the wait of `wait_until_empty`."""
+        if self.is_stopping and not self.downstreams and not self.tunnels:
+            self._is_empty.set()
+
+    async def wait_until_empty(self) -> None:
+        """Wait, once stopping, until no connection and no tunnel is open."""
+        self.on_closed()
+        await self._is_empty.wait()
 
     def close(self) -> None:
         """End everything at once."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{status} {phrase}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;color-scheme:light dark}}
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem}}
+:root{{color-scheme:light dark}}
 code{{font-size:.85em}}</style></head>
 <body><h1>{status} {phrase}</h1><p>{reason}.</p>{hint}<p><code>{request_id}</code></p></body></html>
 """
@@ -53,11 +54,13 @@ def write_error(error: ExchangeError, head: RequestHead | None, request_id: byte
 def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_id: str) -> tuple[str, bytes]:
     accept = find_field(head.section, b"accept").lower() if head is not None else b""
     if b"text/html" in accept:
-        hint = _RETRY_HINT if error.retry_after_s is not None else ""
         page = _HTML.format(
-            status=error.status, phrase=phrase, reason=escape(error.reason.capitalize()), hint=hint,
+            status=error.status,
+            phrase=phrase,
+            reason=escape(error.reason.capitalize()),
+            hint=_RETRY_HINT if error.retry_after_s is not None else "",
             request_id=request_id,
-        )  # fmt: skip
+        )
         return "text/html", page.encode()
     if b"json" in accept:
         facts = {"status": error.status, "error": phrase, "reason": error.reason, "request_id": request_id}

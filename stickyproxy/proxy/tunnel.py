@@ -114,12 +114,12 @@ class Tunnel:
     client: Side
     upstream: Side
 
-    def __init__(self, plane: Plane, pool: Pool, session: Session | None, record: Record) -> None:
+    def __init__(self, plane: Plane, pool: Pool, session: Session | None, record: Record | None) -> None:
         self._plane = plane
         self._pool = pool
         self._session = session
         # Only a log needs the facts of the handshake; an idle tunnel should cost little.
-        self._record = record if plane.log is not None else None
+        self._record = record
         self._started_at = perf_counter()
         self._initiator: Initiator | None = None
         self._cause = ""
@@ -251,6 +251,8 @@ class Tunnel:
     def _count(self) -> None:
         plane, counters, client, upstream = self._plane, self._pool.counters, self.client, self.upstream
         plane.tunnels.discard(self)
+        plane.on_closed()
+        client.scanner.peer = upstream.scanner.peer = None
         counters.tunnels_open -= 1
         if self._session is not None:
             self._session.open -= 1

@@ -122,33 +122,30 @@ class ChunkedReader:
                 stop = min(at + self._left, end)
                 payload.append(data[at:stop])
                 self._left -= stop - at
-                at = stop
                 if not self._left:
                     self._state = self._DATA_END
-            elif self._state == self._DATA_END:
-                if end - at < 2:  # noqa: PLR2004 -- CRLF
-                    if data[at] != 0x0D:
-                        raise BodyError("a chunk longer than its size")
-                    break
-                if data[at : at + 2] != b"\r\n":
-                    raise BodyError("a chunk longer than its size")
-                at += 2
-                self._state = self._SIZE
-            elif self._state == self._SIZE:
-                stop = self._read_size(data, at)
-                if stop < 0:
-                    break
-                at = stop
             else:
-                stop = self._read_trailers(data, at)
+                stop = self._read_framing(data, at)
                 if stop < 0:
+                    self._held = data[at:]
                     break
-                at = stop
+            at = stop
         if self.done:
             self.excess = data[at:]
-        else:
-            self._held = data[at:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _read_framing(self, data: bytes, at: int) -> int:
+        """Read the framing at `at` and return where it ends, or -1 when it has not come whole."""
+        if self._state == self._SIZE:
+            return self._read_size(data, at)
+        if self._state == self._TRAILERS:
+            return self._read_trailers(data, at)
+        if not b"\r\n".startswith(data[at : at + 2]):
+            raise BodyError("a chunk longer than its size")
+        if len(data) - at < len(b"\r\n"):
+            return -1
+        self._state = self._SIZE
+        return at + 2
 
     def _read_size(self, data: bytes, at: int) -> int:
         stop = data.find(b"\r\n", at)

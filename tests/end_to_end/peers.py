@@ -10,7 +10,7 @@ from tests.helpers.processes import Child, Children, StickyProxy, free_port
 
 # Health is asked for often and with little patience: no scenario may lose a client to it.
 PROBE = {"path": "/healthz", "interval": "1s", "timeout": "2s", "rise": 1, "fall": 2}
-NO_AFFINITY: Mapping[str, Any] = {"policy": "round_robin", "cookie": False, "presets": [], "client_address": False}
+NO_AFFINITY: Mapping[str, Any] = {"policy": "round_robin", "cookie": False, "client_address": False}
 
 HAPROXY = """
 defaults

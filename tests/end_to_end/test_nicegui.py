@@ -41,7 +41,7 @@ def round_robin(children: Children, fleet: Fleet) -> Iterator[Peer]:
 
 @pytest.fixture
 def peer_before_removal(children: Children, fleet: Fleet) -> Iterator[Peer]:
-    """A proxy with the same secret, whose upstreams the other one does not have."""
+    """Start a proxy with the same secret, with upstreams that the other one does not have."""
     upstreams = {f"removed-{name}": url for name, url in fleet.upstreams.items()}
     peer = start_peer(children, upstreams, name="before-removal")
     yield peer

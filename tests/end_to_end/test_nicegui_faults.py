@@ -90,7 +90,7 @@ def test_the_visitors_of_a_killed_process_reload_once(
 
     mortal_fleet.send(victim, signal.SIGKILL)
     for page in moved:
-        page.tab.wait_until(lambda tab=page.tab: tab.page_loads == 2, "the page reloads itself")
+        page.tab.wait_for_reload()
         page.expect_ticks()
         assert page.pid in mortal_fleet.pids - {victim}
         assert page.count == 0

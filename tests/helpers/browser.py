@@ -102,6 +102,9 @@ class Tab:
         self.wait_until(lambda: bool(self.websocket_closes), "a WebSocket has closed")
         return self.websocket_closes[-1]
 
+    def wait_for_reload(self) -> None:
+        self.wait_until(lambda: self.page_loads > 1, "the page has been loaded again")
+
     def sleep(self, duration_s: float) -> None:
         """Let time pass where that is what the scenario says; the page's events arrive meanwhile."""
         self.page.wait_for_timeout(duration_s * 1000)

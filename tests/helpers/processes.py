@@ -16,15 +16,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import yaml
-from prometheus_client.samples import Sample
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from typing_extensions import override
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 POLL_INTERVAL_S = 0.05
 LOG_TAIL_LINES = 60
 
-# Below Linux's ephemeral range (32768-60999): no outgoing connection takes the port of a process that is being restarted.
+# Below Linux's ephemeral range (32768-60999): no outgoing connection takes the port of a process that is started again.
 PORTS = range(20000, 32000)
 
 # NiceGUI behaves differently where it sees that pytest runs it.
@@ -34,7 +35,7 @@ INHERITED_ENV = {name: value for name, value in os.environ.items() if not name.s
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class ChildDied(AssertionError):
+class ChildEndedError(AssertionError):
     """A child ended before it was ready; the text holds the end of its output."""
 
 
@@ -89,6 +90,7 @@ class Child:
                 start_new_session=True,
             )
 
+    @override
     def __repr__(self) -> str:
         state = "running" if self.is_running() else f"exit {self._process.returncode}"
         return f"<Child {self.name} pid={self.pid} {state}>"
@@ -112,16 +114,16 @@ class Child:
         return self._process.wait(timeout_s)
 
     def wait_until_ready(self, url: str) -> None:
-        """Wait until a GET of `url` is answered with 200; raise ChildDied if the process ends before."""
+        """Wait until a GET of `url` is answered with 200; raise ChildEndedError if the process ends before."""
 
         def is_ready() -> bool:
             if not self.is_running():
-                raise ChildDied(f"{self!r} before it was ready:\n{self.log_tail()}")
+                raise ChildEndedError(f"{self!r} before it was ready:\n{self.log_tail()}")
             return http_status(url) == 200
 
         try:
             wait_until(is_ready, f"{self!r} answers {url}")
-        except ChildDied:
+        except ChildEndedError:
             raise
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log_tail()}") from None
@@ -199,9 +201,9 @@ class StickyProxy:
         home.mkdir(exist_ok=True)
         self.child = children.start(
             name,
-            [sys.executable, "-m", "stickyproxy", "serve", "--config", self.file, "--control", home / "control"],
+            [sys.executable, "-m", "stickyproxy", "serve", "--config", self.file],
             env={
-                "STICKYPROXY_SECRET": "a secret of the tests, the same for each proxy",
+                "STICKYPROXY_SECRET": "a-secret-of-the-tests-the-same-for-each-proxy",
                 "PYTHONPATH": str(Path(__file__).parents[2]),
                 "XDG_RUNTIME_DIR": str(home),
                 "XDG_STATE_HOME": str(home),

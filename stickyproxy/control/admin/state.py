@@ -1,0 +1,62 @@
+"""The API of the state: what the proxy knows of its upstreams, and what the operator wants of them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from stickyproxy.affinity.snapshot import AdminState
+
+if TYPE_CHECKING:
+    from stickyproxy.affinity.snapshot import Upstream
+    from stickyproxy.control.readings import Readings
+    from stickyproxy.control.routing import Routing
+
+_STATES = ", ".join(AdminState)
+
+
+class StateApi:
+    """The handlers under /api/v1."""
+
+    def __init__(self, readings: Readings, routing: Routing) -> None:
+        self._readings = readings
+        self._routing = routing
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Add the routes of the API."""
+        router.add_get("/api/v1/state", self._show)
+        router.add_put("/api/v1/clusters/{cluster}/upstreams/{upstream}/state", self._change)
+
+    async def _show(self, _: web.Request) -> web.Response:
+        return web.json_response(self._readings.describe())
+
+    async def _change(self, request: web.Request) -> web.Response:
+        if request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(text="expected the content type application/json")
+        cluster, upstream_id = request.match_info["cluster"], request.match_info["upstream"]
+        if cluster != self._routing.snapshot.cluster:
+            raise web.HTTPNotFound(text=f"there is no cluster {cluster!r}")
+        upstream = self._find(upstream_id)
+        if upstream is None:
+            raise web.HTTPNotFound(text=f"there is no upstream {upstream_id!r} in the cluster {cluster!r}")
+        self._routing.set_admin_state(upstream_id, parse_admin_state(await request.read()))
+        return web.json_response(self._readings.describe_upstream(self._routing.snapshot.by_digest[upstream.digest]))
+
+    def _find(self, upstream_id: str) -> Upstream | None:
+        return next((one for one in self._routing.snapshot.upstreams if one.id == upstream_id), None)
+
+
+def parse_admin_state(body: bytes) -> AdminState:
+    """Return the state that a body such as {"state": "drain"} asks for; raise HTTPBadRequest."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):  # brackets nested some thousand deep fit into 4 KiB
+        raise web.HTTPBadRequest(text="the body is no JSON") from None
+    if not isinstance(parsed, dict) or parsed.keys() != {"state"}:
+        raise web.HTTPBadRequest(text='expected a body such as {"state": "drain"}')
+    try:
+        return AdminState(parsed["state"])
+    except ValueError:
+        raise web.HTTPBadRequest(text=f"expected one of the states {_STATES}") from None
