@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,15 +62,16 @@ def _set_up_log(level: str) -> None:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="The YAML file; optional with URLs.")
 @click.option("--listen", metavar="ADDRESS", help=f"Where clients connect (default {_DEFAULT_LISTEN}).")
 @click.option("--admin", metavar="ADDRESS", help=f"The admin listener (default {_DEFAULT_ADMIN}), or off.")
-@click.option("--workers", type=int, help="Processes of the data plane; this version runs 1.")
+@click.option("--workers", metavar="N", help="Processes of the data plane: 1 or auto; this version runs 1.")
 @click.argument("urls", nargs=-1, metavar="[URL ...]")
 def serve(
-    config_file: Path | None, listen: str | None, admin: str | None, workers: int | None, urls: tuple[str, ...]
+    config_file: Path | None, listen: str | None, admin: str | None, workers: str | None, urls: tuple[str, ...]
 ) -> None:
     """Serve the upstreams of a file, or those named by URL, until SIGTERM or Ctrl-C."""
     with _clear_errors():
         config = load_file(config_file, os.environ) if config_file is not None else Config()
-        config = with_overrides(config, urls=urls, listen=listen, admin=admin, workers=workers)
+        number = int(workers) if workers is not None and re.fullmatch("[0-9]{1,9}", workers) else workers
+        config = with_overrides(config, urls=urls, listen=listen, admin=admin, workers=number)
         _set_up_log(config.log_level)
         uvloop.run(run_proxy(config))
 
@@ -106,10 +108,20 @@ def demo(listen: str, admin: str) -> None:
 
 
 async def _run_demo(listen: str, admin: str) -> None:
-    admin_url = f"http://{admin}"
+    config = with_overrides(Config(), listen=listen, admin=admin)  # mistakes are told before anything starts
+    if config.listeners[0].address.is_unix:
+        raise UsageError("--listen: a browser cannot open a Unix socket; name a port")
+    if config.admin is None or not config.admin.address.port:
+        raise UsageError("--admin: the page links to the metrics; name a port")
+    admin_url = _url(config.admin.address)
     async with Demo(admin_url=admin_url) as apps:
 
         def greet(addresses: list[Address]) -> None:
-            click.echo(banner(f"http://{addresses[0]}", admin_url, apps.names))
+            click.echo(banner(_url(addresses[0]), admin_url, apps.names))
 
-        await run_proxy(with_overrides(Config(), urls=apps.urls, listen=listen, admin=admin), greet)
+        await run_proxy(with_overrides(config, urls=apps.urls), greet)
+
+
+def _url(address: Address) -> str:
+    """Return what a browser on this machine opens."""
+    return f"http://localhost:{address.port}" if address.host in {"", "0.0.0.0", "::"} else f"http://{address}"  # noqa: S104

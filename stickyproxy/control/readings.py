@@ -168,7 +168,7 @@ class Readings:
 
 def _copy(counters: Counters) -> Counters:
     """Return counters that do not change any more."""
-    copied = type(counters)()
+    copied = type(counters).__new__(type(counters))  # every attribute is set below
     for name in counters.__slots__:
         value = getattr(counters, name)
         if isinstance(value, Histogram):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from stickyproxy.errors import UsageError
@@ -14,13 +15,18 @@ _MIN_BYTES = 32
 
 
 def state_directory(configured: Path | None) -> Path:
-    """Return where state is kept: as configured, or as systemd or the XDG base directories say."""
+    """Return where state is kept: as configured, or as systemd or the XDG base directories say; raise UsageError."""
     if configured is not None:
         return configured
     if directory := os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5), StateDirectory=
         return Path(directory.split(":", maxsplit=1)[0])
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "stickyproxy"
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not base.is_absolute():  # the specification asks to ignore a relative one
+        try:
+            base = Path.home() / ".local" / "state"
+        except RuntimeError as error:  # a user without a name, as in some containers
+            raise UsageError("this user has no home directory: set state_directory or affinity.secrets") from error
+    return base / "stickyproxy"
 
 
 def load_or_make_secret(directory: Path) -> bytes:
@@ -38,9 +44,12 @@ def load_or_make_secret(directory: Path) -> bytes:
     secret = secrets.token_urlsafe(32).encode()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _load(path)  # another proxy made it just now
+        _keep(secret, path)
+    except FileExistsError as error:  # another proxy made it just now
+        try:
+            return _load(path)
+        except FileNotFoundError:
+            raise UsageError(f"cannot make the secret {path}: a link that leads nowhere is in its place") from error
     except OSError as error:
         logger.warning(
             "cannot keep a secret in %s (%s): pins will not outlive this process; set affinity.secrets",
@@ -48,10 +57,20 @@ def load_or_make_secret(directory: Path) -> bytes:
             error.strerror,
         )
         return secret
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
     logger.info("made a secret in %s; for several replicas set the same affinity.secrets on each", path)
     return secret
+
+
+def _keep(secret: bytes, path: Path) -> None:
+    """Make the file whole or not at all; raise FileExistsError where there is one, OSError where it cannot be made."""
+    draft = path.with_name(f".secret-{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secret)
+        os.link(draft, path)  # a rename would replace the secret that another proxy uses already
+    finally:
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _load(path: Path) -> bytes:

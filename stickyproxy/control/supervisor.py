@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stickyproxy.control.admin.app import AdminListener
@@ -51,8 +52,10 @@ class Supervisor:
         """Serve until stopped; raise UsageError, with nothing left running, where it cannot start."""
         config = self._config
         async with AsyncExitStack() as stack:
-            bound = _bind_all([one.address for one in config.listeners], stack)
-            admin_bound = _bind_all([config.admin.address], stack)[0] if config.admin is not None else None
+            # Until it serves, the files of its Unix sockets are removed here; from then on their listeners do it.
+            unserved = stack.enter_context(ExitStack())
+            bound = _bind_all([one.address for one in config.listeners], stack, unserved)
+            admin_bound = _bind_all([config.admin.address], stack, unserved)[0] if config.admin is not None else None
             self.addresses = [_real_address(address, link) for address, link in bound]
             secrets = config.affinity.secrets or (load_or_make_secret(state_directory(config.state_directory)),)
             access_log = AccessLog(config.access_log) if config.access_log is not None else None
@@ -66,7 +69,7 @@ class Supervisor:
                 routing.report(upstream_id, event)
 
             worker = Worker(config, secrets, report=report, log=access_log.write if access_log is not None else None)
-            stack.callback(worker.close)
+            stack.push_async_callback(worker.close)
             routing = Routing(config, worker.plane.publish)
             prober = Prober(config.health, routing)
             stack.push_async_callback(prober.stop)
@@ -77,6 +80,7 @@ class Supervisor:
                 stack.push_async_callback(admin.stop)
                 await admin.start(admin_bound[1])
             await worker.listen(bound)
+            unserved.pop_all()
             readings.is_ready = True
             logger.info(
                 "serving %d upstreams on %s", len(config.upstreams), ", ".join(str(one) for one in self.addresses)
@@ -96,15 +100,33 @@ class Supervisor:
             task.cancel()
 
 
-def _bind_all(addresses: list[Address], stack: AsyncExitStack) -> list[tuple[Address, socket.socket]]:
+def _bind_all(
+    addresses: list[Address], stack: AsyncExitStack, unserved: ExitStack
+) -> list[tuple[Address, socket.socket]]:
     """Bind all addresses or none: a proxy that serves on half of its listeners would be worse than one that fails."""
     bound = []
     for address in addresses:
         link = bind(address)
         stack.callback(link.close)
         link.setblocking(False)
+        if address.is_unix:
+            unserved.callback(Path(address.path).unlink, missing_ok=True)
+        else:
+            _listen(address, link)
         bound.append((address, link))
     return bound
+
+
+def _listen(address: Address, link: socket.socket) -> None:
+    """Let the kernel take connections, which wait to be accepted; raise UsageError where the address is in use.
+
+    With SO_REUSEADDR two sockets can be bound to one address as long as neither listens, and uvloop does not say that
+    the second one could not listen.
+    """
+    try:
+        link.listen()
+    except OSError as error:
+        raise UsageError(f"cannot listen on {address}: the address is in use; is another proxy starting?") from error
 
 
 def _real_address(address: Address, link: socket.socket) -> Address:

@@ -30,6 +30,7 @@ _OFF: Final = float("inf")
 # A token is written anew after this part of the shortest of its lifetimes, so that they count from the last visit.
 _REFRESH_PART: Final = 0.25
 _TUNNEL_PAUSE_S: Final = 0.01  # between two tunnels, at most
+_CLOSE_S: Final = 1.0  # for connections that were cut; it takes one turn of the loop
 
 
 def make_settings(config: Config) -> Settings:
@@ -120,8 +121,7 @@ class Worker:
         Returns when nothing is open any more, or after `grace_s` seconds; the rest is cut by `close`.
         """
         plane, loop = self.plane, self.plane.loop
-        for listener in self.listeners:
-            listener.close()
+        self._stop_listening()
         plane.stop()
         until = loop.time() + grace_s
         tunnels = tuple(plane.tunnels)
@@ -144,8 +144,16 @@ class Worker:
                 len(plane.downstreams),
             )
 
-    def close(self) -> None:
-        """End everything at once."""
-        for listener in self.listeners:
-            listener.close()
+    async def close(self) -> None:
+        """End everything at once, and return when each connection that was cut has been counted and logged."""
+        self._stop_listening()
         self.plane.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self.plane.wait_until_empty()
+
+    def _stop_listening(self) -> None:
+        """Close each listener once: by the second time, its Unix socket may be another proxy's."""
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            listener.close()

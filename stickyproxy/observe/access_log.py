@@ -36,7 +36,10 @@ _BATCH: Final = 1000  # records
 # The thread gathers this long after the first record: were it woken for each, it would take turns with the loop.
 _GATHER_S: Final = 0.1
 _FLUSH_S: Final = 2.0  # how long `close` waits for what is queued
+_MARGIN_S: Final = 0.5
 _LOOK_S: Final = 0.2  # between two looks, while nobody reads, at whether the log is being closed
+_STUCK_S: Final = 1.0  # a reader that takes nothing for so long is said to be none
+_NO_READER: Final = "nobody reads it"
 _REOPEN_S: Final = 1.0  # between two looks at whether the file was moved away
 _STDOUT: Final = 1
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -105,12 +108,13 @@ class AccessLog:
         self._has_records = threading.Event()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
-        self._overflowed = 0
+        self._overflowed = 0  # written by the event loop
+        self._failed = 0  # written by the thread
 
     @property
     def dropped(self) -> int:
         """Return how many records were not written whole."""
-        return self._overflowed + self._sink.lost
+        return self._overflowed + self._failed + self._sink.lost
 
     def start(self) -> None:
         """Open the file and begin to write; raise UsageError where it cannot be opened."""
@@ -138,7 +142,7 @@ class AccessLog:
         self._has_records.set()
         if self._thread.is_alive():
             # A little longer than the thread needs by itself; a write that hangs all the same is left behind.
-            self._thread.join(_FLUSH_S + _LOOK_S)
+            self._thread.join(_FLUSH_S + _MARGIN_S)
         self._overflowed += len(self._queue)
 
     def _run(self) -> None:
@@ -153,8 +157,12 @@ class AccessLog:
     def _write_queued(self) -> None:
         queue = self._queue
         while queue:
-            lines = [self._format(*queue.popleft()) for _ in range(min(len(queue), _BATCH))]
-            self._sink.write(lines)
+            batch = [queue.popleft() for _ in range(min(len(queue), _BATCH))]
+            try:
+                self._sink.write([self._format(at, record) for at, record in batch])
+            except Exception:  # the thread must live on
+                self._failed += len(batch)
+                logger.exception("a line of the access log cannot be made; %d are dropped", len(batch))
 
 
 def _cut(record: Record) -> Record:
@@ -173,7 +181,7 @@ class Sink:
     """Where the lines go: a file that may be rotated, or standard output (`path` None). Used by one thread.
 
     `lost` counts the lines that were not written whole. While nobody reads, `write` waits until `give_up_at`
-    (monotonic seconds), which another thread may set.
+    (monotonic seconds), which another thread may set. A failure is logged when it begins and when it ends.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -198,17 +206,18 @@ class Sink:
     def write(self, lines: list[str]) -> None:
         """Write lines; those that cannot be written are counted as lost."""
         text = "\n".join((*lines, "")).encode("ascii", "backslashreplace")
-        if self._is_mid_line:
-            text = b"\n" + text  # a line was cut off by an error: do not go on in it
         rest = memoryview(text)
         try:
             self._reopen_if_moved()
+            if self._is_mid_line:  # a line was cut off by an error: do not go on in it
+                text = b"\n" + text
+                rest = memoryview(text)
             while rest and self._wait_until_writable():
                 rest = rest[self._write_some(rest) :]
         except OSError as error:
             self._note_failure(_explain(error))
         else:
-            self._note_failure("nobody reads it" if rest else None)
+            self._note_failure(_NO_READER if rest else None)
         if len(rest) < len(text):
             self._is_mid_line = text[len(text) - len(rest) - 1] != ord("\n")
         self.lost += min(len(lines), bytes(rest).count(b"\n"))
@@ -248,8 +257,13 @@ class Sink:
         """Wait until a write of PIPE_BUF bytes would not block; False where the time is over."""
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
-        while not poll.poll(_LOOK_S * 1000):
-            if monotonic() >= self.give_up_at:
+        now = monotonic()
+        stuck_at = now + _STUCK_S
+        while not poll.poll(max(0.0, min(_LOOK_S, self.give_up_at - now)) * 1000):
+            now = monotonic()
+            if now >= stuck_at:
+                self._note_failure(_NO_READER)
+            if now >= self.give_up_at:
                 return False
         return True
 
@@ -261,9 +275,9 @@ class Sink:
 
     def _note_failure(self, reason: str | None) -> None:
         if reason is not None and not self._is_failing:
-            logger.error("cannot write the access log: %s; lines are dropped", reason)
+            logger.error("cannot write the access log: %s", reason)
         elif reason is None and self._is_failing:
-            logger.info("the access log is written again; %d lines were dropped", self.lost)
+            logger.info("the access log is written again")
         self._is_failing = reason is not None
 
 

@@ -103,7 +103,7 @@ def write_metrics(numbers: Numbers, accept: str) -> tuple[bytes, str]:
     """
     try:
         encode, content_type = choose_encoder(accept)
-    except ValueError:  # a version that is none
+    except TypeError:  # it compares a version that is no number
         encode, content_type = choose_encoder("")
     registry = CollectorRegistry()
     for collector in (NumbersCollector(numbers), ProcessCollector(registry=None), PlatformCollector(registry=None)):

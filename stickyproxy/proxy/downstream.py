@@ -22,7 +22,7 @@ from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import write_error
-from stickyproxy.wire.head import find_head_end, parse_request_head
+from stickyproxy.wire.head import RequestHeadReader, find_head_end
 
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
@@ -36,6 +36,7 @@ class Downstream(asyncio.Protocol):
 
     __slots__ = (
         "_eof",
+        "_heads",
         "_held",
         "_is_lingering",
         "_is_paused",
@@ -55,6 +56,7 @@ class Downstream(asyncio.Protocol):
         self._listener = listener
         self.exchange: Exchange | None = None
         self.deadline = math.inf
+        self._heads = RequestHeadReader(plane.settings.head, plane.cookie_reader)
         self._held: bytearray | None = None
         self._eof = False
         self._is_paused = False
@@ -111,7 +113,7 @@ class Downstream(asyncio.Protocol):
             self._wait_for_head(0)
             return
         try:
-            head = parse_request_head(data, end, self.plane.settings.head)
+            head = self._heads.read(data, end)
         except RequestError as error:
             self.refuse(error)
             return

@@ -46,6 +46,7 @@ _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b
 _CLIENT_GONE: Final = 499  # nginx's number for a client that went away before its answer
 _MAX_INTERIM: Final = 32  # interim responses to one request; nobody needs more than two
 _SWITCHING: Final = 101
+_WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
 class Exchange:
@@ -77,7 +78,7 @@ class Exchange:
         self.plane = plane
         self.downstream = downstream
         self.head = head
-        self.request_id = plane.new_request_id()
+        self.request_id = downstream.forwarded.request_id(head) or plane.new_request_id()
         self.is_reading_request = False
         self._place = Placement(plane, head, downstream.forwarded)
         self._started_at = self._sent_at = perf_counter()
@@ -149,20 +150,25 @@ class Exchange:
 
     def _write_request_head(self, connection: UpstreamConnection) -> bytes:
         head = self.head
-        parts = [
-            b"%b %b HTTP/1.1\r\n" % (head.method, head.target),
-            *head.section,
-            self.downstream.forwarded.write(head, self.request_id),
-        ]
+        outgoing = head.outgoing
+        if outgoing is None:
+            outgoing = head.outgoing = self._write_outgoing(connection)
+        if head.length == 0 and head.method in _WITH_CONTENT:  # RFC 9110, section 8.6: say that there is none
+            outgoing += b"Content-Length: 0\r\n"
+        return b"%b %b HTTP/1.1\r\n%bX-Request-ID: %b\r\n\r\n" % (head.method, head.target, outgoing, self.request_id)
+
+    def _write_outgoing(self, connection: UpstreamConnection) -> bytes:
+        """Return what the upstream gets between the request line and the request's id."""
+        head = self.head
+        parts = [*head.section, self.downstream.forwarded.write(head)]
         if head.is_http_10 and not head.host:
             parts.append(b"Host: " + connection.pool.authority + b"\r\n")
         if head.length == CHUNKED:
             parts.append(b"Transfer-Encoding: chunked\r\n")
-        elif head.length or head.method in {b"POST", b"PUT", b"PATCH"}:
+        elif head.length:
             parts.append(b"Content-Length: %d\r\n" % head.length)
         if head.is_upgrade:
             parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
-        parts.append(b"\r\n")
         return b"".join(parts)
 
     def on_request_body(self, data: bytes) -> None:

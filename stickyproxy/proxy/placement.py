@@ -41,11 +41,8 @@ class Placement:
         self.pool: Pool | None = None
 
     def read_token(self) -> None:
-        """Take the client's token for what it is worth, and out of the head: the application never sees it."""
-        plane, head = self._plane, self._head
-        if plane.cookie_reader is None or head.cookies is None:
-            return
-        value = plane.cookie_reader.take(head.section, head.cookies)
+        """Take the client's token for what it is worth."""
+        plane, value = self._plane, self._head.token
         if value is None:
             return
         wall = plane.wall

@@ -60,35 +60,34 @@ class ForwardedWriter:
                 return proto.rpartition(b",")[2].strip(b" \t").lower() in {b"https", b"wss"}
         return self.origin.is_https
 
-    def write(self, head: RequestHead, request_id: bytes) -> bytes:
-        """Return the lines, each with its CRLF; `request_id` is used unless a trusted proxy gave one."""
+    def request_id(self, head: RequestHead) -> bytes | None:
+        """Return the X-Request-ID that a trusted proxy gave the request, if it did."""
+        if head.forwarded is None or not self.origin.is_trusted:
+            return None
+        given = head.forwarded.get(b"x-request-id", b"")
+        return given if _REQUEST_ID.fullmatch(given) else None
+
+    def write(self, head: RequestHead) -> bytes:
+        """Return the lines about the client, each with its CRLF; the same for heads with the same section."""
         via = b"Via: 1.0 " if head.is_http_10 else b"Via: 1.1 "
         if head.via is not None:
             via = b"Via: " + head.via + via[4:].replace(b" ", b", ", 1)
-        if head.forwarded is None or not self.origin.is_trusted:
-            lines = b"%bX-Forwarded-Host: %b\r\nX-Request-ID: %b\r\n%b%b\r\n" % (
-                self._constant,
-                head.host,
-                request_id,
-                via,
-                PSEUDONYM,
-            )
-            return lines + self._write_forwarded(head, b"") if self._forwarded else lines
-        return self._write_taken_over(head, head.forwarded, request_id) + via + PSEUDONYM + b"\r\n"
+        if head.forwarded is not None and self.origin.is_trusted:
+            return self._write_taken_over(head, head.forwarded) + via + PSEUDONYM + b"\r\n"
+        lines = b"%bX-Forwarded-Host: %b\r\n%b%b\r\n" % (self._constant, head.host, via, PSEUDONYM)
+        return lines + self._write_forwarded(head, b"") if self._forwarded else lines
 
-    def _write_taken_over(self, head: RequestHead, said: dict[bytes, bytes], request_id: bytes) -> bytes:
+    def _write_taken_over(self, head: RequestHead, said: dict[bytes, bytes]) -> bytes:
         origin = self.origin
         address = origin.address.encode("ascii")
         before = said.get(b"x-forwarded-for")
         proto = said.get(b"x-forwarded-proto", b"")
         if _PROTO.fullmatch(proto) is None:
             proto = b"https" if origin.is_https else b"http"
-        given = said.get(b"x-request-id", b"")
         lines = [
             b"X-Forwarded-For: " + (before + b", " + address if before else address),
             b"X-Forwarded-Proto: " + proto,
             b"X-Forwarded-Host: " + said.get(b"x-forwarded-host", head.host),
-            b"X-Request-ID: " + (given if _REQUEST_ID.fullmatch(given) else request_id),
         ]
         port = said.get(b"x-forwarded-port", origin.port.encode("ascii"))
         if port:

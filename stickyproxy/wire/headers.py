@@ -12,7 +12,7 @@ import re
 from typing import Final
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2
-_CANONICAL = re.compile(rb"(?:" + TOKEN + rb"+: (?:[!-~\x80-\xff][\t -~\x80-\xff]*+)?+\r\n)*+")
+_CANONICAL = re.compile(rb"(?:" + TOKEN + rb"+: (?:[!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))?+\r\n)*+")
 _LOOSE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")
 _NUMBER = re.compile(rb"[0-9]{1,18}")
 _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
@@ -50,11 +50,7 @@ def canonicalise(data: bytes, start: int, end: int) -> bytes | None:
 
     Raises FieldError where they are not legal.
     """
-    if (
-        _CANONICAL.fullmatch(data, start, end) is not None
-        and data.find(b" \r\n", start, end) < 0
-        and data.find(b"\t\r\n", start, end) < 0
-    ):
+    if _CANONICAL.fullmatch(data, start, end) is not None:
         return None
     lines = []
     for line in data[start:end].split(b"\r\n")[:-1]:
