@@ -41,7 +41,8 @@ def choose_rendezvous(candidates: Sequence[Upstream], key: bytes) -> Upstream:
 
     def score(upstream: Upstream) -> float:
         drawn = blake2b(key, key=upstream.digest, digest_size=8).digest()
-        return -upstream.weight / log((int.from_bytes(drawn, "big") + 1) / (2**64 + 1))
+        # 53 bits: what a float can hold, so that the quotient is never rounded to 0 or 1.
+        return -upstream.weight / log(((int.from_bytes(drawn, "big") >> 11) + 1) / (2**53 + 1))
 
     return max(candidates, key=score)
 

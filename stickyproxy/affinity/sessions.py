@@ -135,14 +135,14 @@ class SessionTable:
             if not self._active:
                 return
             client_id, session = next(iter(self._active.items()))
+            if session.active_at + self._idle_s > now:
+                return
             if session.open:
                 session.active_at = now
                 self._active.move_to_end(client_id)
-            elif session.active_at + self._idle_s <= now:
+            else:
                 del self._active[client_id]
                 self._count(session.digest, -1)
-            else:
-                return
 
     def _count(self, digest: bytes, change: int) -> None:
         count = self.counts.get(digest, 0) + change

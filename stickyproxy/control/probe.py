@@ -121,12 +121,13 @@ class Asking:
         """Ask; raise OSError, or ProbeFailedError for an answer that is not as expected."""
         try:
             async with self._session.get(self._url, allow_redirects=False) as response:
-                if not self._settings.expects(response.status):
-                    raise ProbeFailedError(f"status {response.status}")
+                status = response.status
         except ClientConnectorError as error:
             raise error.os_error from error
         except ClientError as error:
             raise ProbeFailedError(str(error) or type(error).__name__) from error
+        if not self._settings.expects(status):
+            raise ProbeFailedError(f"status {status}")
 
     async def close(self) -> None:
         """Close its connections."""

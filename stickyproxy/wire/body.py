@@ -171,7 +171,8 @@ class ChunkedReader:
             self.done = True
             return at + 2
         stop = data.find(b"\r\n\r\n", at)
-        if (stop if stop >= 0 else len(data)) - at > self._max_trailers:
+        # As long as the end has not come whole, up to three bytes of it may have.
+        if (stop if stop >= 0 else len(data) - 3) - at > self._max_trailers:
             raise BodyError("the trailer section is too large")
         if stop < 0:
             return -1

@@ -95,4 +95,6 @@ def is_shared_cacheable(cache_control: bytes | None) -> bool:
 
     A Set-Cookie would make such a response private, or worse, be served to others from a cache.
     """
-    return cache_control is not None and (b"public" in cache_control or b"immutable" in cache_control)
+    return cache_control is not None and (
+        b"public" in cache_control or b"immutable" in cache_control or b"s-maxage" in cache_control
+    )

@@ -102,6 +102,8 @@ class ForwardedWriter:
     def _write_forwarded(self, head: RequestHead, before: bytes) -> bytes:
         origin = self.origin
         node = f'"[{origin.address}]"' if ":" in origin.address else origin.address
+        if node == "unix":
+            node = "_unix"  # what is no address begins with "_" (RFC 7239, section 6.3)
         proto = "https" if origin.is_https else "http"
         element = f"for={node};proto={proto}".encode("ascii")
         if head.host:

@@ -18,6 +18,7 @@ ABNORMAL: Final = 1006
 GOING_AWAY: Final = 1001
 SERVICE_RESTART: Final = 1012
 BAD_GATEWAY: Final = 1014
+_FOR_EVER: Final = 1 << 64  # more bytes than any stream has: all of them are skipped
 
 
 class FrameScanner:
@@ -75,7 +76,7 @@ class FrameScanner:
                 if size > 125 or end - at < head + size:  # noqa: PLR2004 -- the bound of control frames
                     if size > 125:  # noqa: PLR2004
                         self.is_lost = True
-                        at = end
+                        at = end + _FOR_EVER
                     break
                 if not self.close_code:
                     self.close_code = _read_close_code(data, at + head, size, is_masked=bool(second & 0x80))

@@ -48,7 +48,7 @@ UNTIL_CLOSE: Final = -2
 
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9])[0-9]{2}(?: [\t -~\x80-\xff]*)?)\r\n")
-_ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@]+)([/?].*)?")
+_ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@:][^/?#@]*)([/?].*)?")
 # uri-host [ ":" port ] of RFC 9110, section 7.2, with the underscore that container names use.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%A-Za-z0-9_~\-]+\]|[A-Za-z0-9._~!$&'()*+;=%\-]*)(?::[0-9]{0,5})?")
 # The options that are no names of fields, and the fields without which a message would mean something else.
@@ -260,7 +260,7 @@ def parse_request_head(data: bytes, end: int, limits: HeadLimits) -> RequestHead
         raise RequestError(str(error)) from error
     if framing is not None:
         _read_request_framing(head, framing)
-    if target[:1] != b"/":
+    if target[:1] != b"/" or method == b"CONNECT":
         _read_target(head)
     else:
         head.is_repeatable = framing is None
@@ -327,6 +327,8 @@ def _read_request_section(head: RequestHead, data: bytes, start: int, end: int) 
         raise FieldError("several Host fields" if hosts else "no Host field")
     if _HOST.fullmatch(head.host) is None:
         raise FieldError("an invalid Host")
+    if head.is_http_10 and not head.host:  # it names none, and the proxy will name one: never two
+        head.section = drop_fields(head.section, {b"host"})
     return framing
 
 
@@ -414,6 +416,8 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
     if line is None:
         raise ResponseError("the upstream sent an invalid status line")
     status_text = line[2]
+    if len(status_text) == 3:  # noqa: PLR2004 -- RFC 9112, section 4: the space is sent even where no reason follows
+        status_text += b" "
     start = line.end()
     head = ResponseHead(int(status_text[:3]), status_text, keep_alive=line[1] == b"1")
     if end > limits.head_bytes or data.count(b"\n", start, end) > limits.fields + 1:
@@ -428,11 +432,15 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
         raise ResponseError(f"the upstream sent {error}") from error
     if framing is not None:
         _read_response_framing(head, framing)
+        if head.length == CHUNKED and line[1] == b"0":
+            head.keep_alive = False  # RFC 9112, section 6.1: such framing is not to be relied on
     status = head.status
     if status < 200 or status == 204 or status == 304 or request_method == b"HEAD":  # noqa: PLR1714, PLR2004 -- hot
-        head.length = 0
-        if head.has_length and status in _LENGTHLESS:
+        if head.length != UNTIL_CLOSE and status in _LENGTHLESS:
+            # A body announced where none may be: if it comes, it must not be taken for the next response.
+            head.keep_alive = head.keep_alive and head.length == 0
             head.section = drop_fields(head.section, {b"content-length"})
+        head.length = 0
     return head
 
 

@@ -13,7 +13,8 @@ from typing import Final
 
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, section 5.6.2
 _CANONICAL = re.compile(rb"(?:" + TOKEN + rb"+: (?:[!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))?+\r\n)*+")
-_LOOSE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")
+# Possessive, or a long run of spaces before a control character would cost the square of its length.
+_LOOSE = re.compile(rb"(" + TOKEN + rb"):[ \t]*+([\t -~\x80-\xff]*+)")
 _NUMBER = re.compile(rb"[0-9]{1,18}")
 _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
 
@@ -25,7 +26,7 @@ REQUEST_SPECIALS: Final = re.compile(
     rb"\n(?:(host)|c(?:(ookie)|on(?:(nection)|(tent-length)|tent_length))|t(?:(ransfer-encoding)|ransfer_encoding|e)"
     rb"|(upgrade)|(expect)|(via)"
     rb"|(x-(?:forwarded-(?:for|host|port|prefix|proto|scheme|ssl)|re(?:al-ip|quest-id)|scheme)|forwarded)"
-    rb"|x[-_](?:forwarded[-_](?:for|host|port|prefix|proto|scheme|ssl)|re(?:al[-_]ip|quest[-_]id))"
+    rb"|x[-_](?:forwarded[-_](?:for|host|port|prefix|proto|scheme|ssl)|re(?:al[-_]ip|quest[-_]id)|scheme)"
     rb"|keep-alive|http2-settings|proxy(?:-connection)?): "
 )
 HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, EXPECT, VIA, FORWARDED = range(1, 10)

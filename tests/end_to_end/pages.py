@@ -87,6 +87,9 @@ class ChatPage:
         expect(newest).to_contain_text(re.compile(rf"reply {number} pid=\d+{suffix}\s*$"), timeout=TIMEOUT_MS)
         return int(PID_OF_REPLY.findall(newest.inner_text())[-1])
 
+    def shows_connection_lost(self) -> bool:
+        return self.tab.page.get_by_text(CONNECTION_LOST).is_visible()
+
     def expect_connection_lost(self) -> None:
         expect(self.tab.page.get_by_text(CONNECTION_LOST)).to_be_visible(timeout=TIMEOUT_MS)
 

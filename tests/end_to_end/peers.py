@@ -31,6 +31,7 @@ listen site
   {servers}
 """
 # A server that fails its probes keeps its clients (persist); one that refuses a connection loses them (redispatch).
+# Without `persist` the clients of a process that blocks are moved, and their sessions are gone.
 HAPROXY_AFFINITY = """
   balance leastconn
   cookie stickyproxy insert indirect nocache

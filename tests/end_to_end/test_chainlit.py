@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Response
 
 from tests.end_to_end.pages import ChatPage
 from tests.end_to_end.peers import Peer, start_peer
 from tests.helpers.apps import CHAINLIT, Fleet
 from tests.helpers.browser import Answer, Tab, Visitors
 from tests.helpers.browser_relay import Relay
-from tests.helpers.processes import STOP_TIMEOUT_S, Children, StickyProxy
+from tests.helpers.processes import Children, StickyProxy
 
 pytestmark = pytest.mark.browser
 
@@ -94,14 +95,22 @@ def test_each_visitor_talks_with_one_process(visitors: Visitors, peer: Peer, fle
 def test_without_affinity_the_chat_does_not_work(visitors: Visitors, round_robin: Peer) -> None:
     """The control: this is what the other tests would see if affinity did not work."""
     chats = [ChatPage(visitors.new(round_robin.url)) for _ in range(VISITORS)]
-    for chat in chats:
-        with chat.tab.page.expect_response(lambda response: response.status == 400) as refused:
-            chat.open()
-        assert "Invalid session" in refused.value.text()
-    chats[0].expect_connection_lost()
+    refusals: list[Response] = []
 
-    refused_upgrades = [403 in {answer.status for answer in socketio_answers(chat.tab)} for chat in chats]
-    print(f"400 Invalid session: {len(chats)} of {len(chats)} visitors, 403: {sum(refused_upgrades)}")
+    def keep_refusal(response: Response) -> None:
+        if response.status == 400:
+            refusals.append(response)
+
+    def refused(status: int) -> int:
+        return sum(status in {answer.status for answer in socketio_answers(chat.tab)} for chat in chats)
+
+    for chat in chats:
+        chat.tab.page.on("response", keep_refusal)
+        chat.open()
+    chats[0].tab.wait_until(lambda: refused(400) >= VISITORS // 2, "half of the visitors are refused")
+    chats[0].tab.wait_until(lambda: any(chat.shows_connection_lost() for chat in chats), "a visitor is told of it")
+    assert "Invalid session" in refusals[-1].text()
+    print(f"of {VISITORS} visitors: {refused(400)} saw 400 Invalid session, {refused(403)} saw 403")
 
 
 def test_an_upload_reaches_the_process_of_the_session(
@@ -151,8 +160,7 @@ def test_a_session_goes_on_after_a_cut_of_the_network(visitors: Visitors, peer: 
         assert set(pids) == fleet.pids
         for chat in chats:
             chat.expect_no_banner()
-            assert chat.tab.bad_answers() == []
-            assert chat.tab.page_loads == 1
+            chat.tab.assert_lost_nothing()
 
 
 def test_the_visitors_of_a_process_that_ends_go_to_others(visitors: Visitors, peer: Peer, mortal_fleet: Fleet) -> None:
@@ -168,7 +176,7 @@ def test_the_visitors_of_a_process_that_ends_go_to_others(visitors: Visitors, pe
     child = mortal_fleet.send(victim, signal.SIGTERM)
     for chat in moved:
         assert chat.tab.wait_for_websocket_close() == 1012
-    child.wait(STOP_TIMEOUT_S)
+    child.wait()
 
     new_pids = say(moved, 1)
     assert victim not in new_pids

@@ -110,8 +110,7 @@ def test_polling_stays_too(visitors: Visitors, peer: Peer, fleet: Fleet) -> None
         assert set(pids) == fleet.pids
         for page in pages:
             assert page.tab.websockets_opened == 0
-            assert page.tab.bad_answers() == []
-            assert page.tab.page_loads == 1
+            page.tab.assert_lost_nothing()
 
 
 def test_an_upload_reaches_the_process_of_the_page(
@@ -163,8 +162,7 @@ def test_a_page_goes_on_after_a_cut_of_the_network(visitors: Visitors, peer: Pee
         assert set(pids) == fleet.pids
         for page in pages:
             assert page.count == 3
-            assert page.tab.bad_answers() == []
-            assert page.tab.page_loads == 1
+            page.tab.assert_lost_nothing()
 
 
 def test_a_useless_cookie_is_replaced(visitors: Visitors, peer: Peer, peer_before_removal: Peer) -> None:

@@ -40,7 +40,6 @@ def pages(visitors: Visitors, peer: Peer) -> list[CounterPage]:
     for page in pages:
         page.open()
         page.increment()
-    for page in pages:
         page.expect_count(1)
     return pages
 
@@ -56,7 +55,7 @@ def test_nobody_leaves_a_process_that_pauses(pages: list[CounterPage], mortal_fl
     for page in pages:
         page.expect_ticks()
         assert page.count == 1
-        page.tab.assert_undisturbed()
+        page.tab.assert_lost_nothing()
     assert [page.pid for page in pages] == pids
 
 
@@ -80,6 +79,30 @@ def test_nobody_leaves_a_process_that_blocks(pages: list[CounterPage], peer: Pee
         assert peer.metric("affinity_breaks_total") == 0
 
 
+def test_a_drained_process_keeps_its_visitors_and_gets_no_new_ones(
+    pages: list[CounterPage], peer: Peer, fleet: Fleet, visitors: Visitors
+) -> None:
+    if not isinstance(peer, StickyProxy):
+        pytest.skip("another proxy is drained in another way")
+    pids = [page.pid for page in pages]
+    drained = fleet.upstream_of(pids[0])
+
+    peer.set_state(drained, "drain")
+    try:
+        new_pages = [CounterPage(visitors.new(peer.url)) for _ in range(VISITORS // 2)]
+        for page in new_pages:
+            page.open()
+            assert page.pid in fleet.pids - {pids[0]}
+        for page in pages:
+            page.expect_ticks()
+            assert page.count == 1
+            page.tab.assert_lost_nothing()
+        pages[0].open()
+        assert [page.pid for page in pages] == pids
+    finally:
+        peer.set_state(drained, "ready")
+
+
 def test_the_visitors_of_a_killed_process_reload_once(
     pages: list[CounterPage], peer: Peer, mortal_fleet: Fleet
 ) -> None:
@@ -100,6 +123,6 @@ def test_the_visitors_of_a_killed_process_reload_once(
     for page in others:
         page.expect_ticks()
         assert page.count == 1
-        page.tab.assert_undisturbed()
+        page.tab.assert_lost_nothing()
     if isinstance(peer, StickyProxy):
         assert peer.metric("affinity_breaks_total") >= len(moved)

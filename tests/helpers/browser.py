@@ -109,10 +109,14 @@ class Tab:
         """Let time pass where that is what the scenario says; the page's events arrive meanwhile."""
         self.page.wait_for_timeout(duration_s * 1000)
 
-    def assert_undisturbed(self) -> None:
-        """Assert that nobody at this page could have noticed that there is more than one process."""
+    def assert_lost_nothing(self) -> None:
+        """Assert that the app never refused this page, which was loaded once; its socket may have been opened anew."""
         assert self.bad_answers() == []
         assert self.page_loads == 1
+
+    def assert_undisturbed(self) -> None:
+        """Assert that nobody at this page could have noticed that there is more than one process."""
+        self.assert_lost_nothing()
         assert self.websocket_closes == []
         assert self.errors == []
 

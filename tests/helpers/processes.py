@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from typing_extensions import override
 
-START_TIMEOUT_S = 60.0
+WAIT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 POLL_INTERVAL_S = 0.05
 LOG_TAIL_LINES = 60
@@ -53,7 +54,7 @@ def free_port() -> int:
     raise AssertionError(f"no free port in {PORTS}")
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
     """Return as soon as `condition()` is true; raise AssertionError naming `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -109,7 +110,7 @@ class Child:
         """Send a signal to the process and to the processes that it started."""
         os.killpg(self.pid, number)
 
-    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+    def wait(self, timeout_s: float = WAIT_TIMEOUT_S) -> int:
         """Wait for the end of the process and return its exit code; negative if a signal ended it."""
         return self._process.wait(timeout_s)
 
@@ -129,16 +130,16 @@ class Child:
             raise AssertionError(f"{error}\n{self.log_tail()}") from None
 
     def stop(self) -> None:
-        """End the process: SIGTERM, and SIGKILL for what is left of its group."""
+        """End the process and those that it started: SIGTERM, and SIGKILL for what is left of the group."""
         if not self.is_running():
             return
         self.send(signal.SIGCONT)  # a stopped process would not see the SIGTERM
         self.send(signal.SIGTERM)
-        try:
-            self.wait()
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(STOP_TIMEOUT_S)
+        with suppress(ProcessLookupError):
             self.send(signal.SIGKILL)
-            self.wait()
+        self.wait()
 
 
 class Children:
@@ -191,6 +192,7 @@ class StickyProxy:
                 **(affinity or {}),
             },
             "admin": {"address": f"127.0.0.1:{admin_port}"},
+            "grace": "5s",
             "workers": 1,
         }
         if probe is not None:
@@ -236,9 +238,9 @@ class StickyProxy:
             headers={"Content-Type": "application/json"},
             method="PUT",
         )
-        with HTTP.open(request, timeout=START_TIMEOUT_S):
+        with HTTP.open(request, timeout=WAIT_TIMEOUT_S):
             pass
 
     def _get(self, path: str) -> str:
-        with HTTP.open(f"{self.admin_url}{path}", timeout=START_TIMEOUT_S) as response:
+        with HTTP.open(f"{self.admin_url}{path}", timeout=WAIT_TIMEOUT_S) as response:
             return str(response.read().decode())
