@@ -131,9 +131,7 @@ class SessionTable:
 
     def expire(self, now: float) -> None:
         """End the sessions that have been idle too long; bounded work, so it is called again and again."""
-        for _ in range(_MAX_EXPIRED_AT_ONCE):
-            if not self._active:
-                return
+        for _ in range(min(_MAX_EXPIRED_AT_ONCE, len(self._active))):
             client_id, session = next(iter(self._active.items()))
             if session.active_at + self._idle_s > now:
                 return

@@ -76,8 +76,7 @@ class Routing:
         self.observed[upstream_id] = after
         if (after.health, after.is_refused) != (before.health, before.is_refused):
             level = logging.WARNING if after.health is Health.UNHEALTHY else logging.INFO
-            logger.log(level, "upstream %s is %s", upstream_id, "refusing connections" if after.is_refused
-                       else after.health)  # fmt: skip
+            logger.log(level, "upstream %s %s", upstream_id, _say(after))
             self._renew()
 
     def set_admin_state(self, upstream_id: str, state: AdminState) -> None:
@@ -86,3 +85,10 @@ class Routing:
             self._admin[upstream_id] = state
             logger.info("upstream %s is set to %s", upstream_id, state)
             self._renew()
+
+
+def _say(observed: Observed) -> str:
+    if observed.is_refused:
+        return "is refusing connections"
+    # From something known to unknown there is one way: a connection to one that had refused them.
+    return "accepts connections again" if observed.health is Health.UNKNOWN else f"is {observed.health}"

@@ -89,7 +89,13 @@ class Supervisor:
                 on_ready(self.addresses)
             await self._stop.wait()
             readings.is_ready = False
-            logger.info("stopping: %d tunnels are open", len(worker.plane.tunnels))
+            plane = worker.plane
+            logger.info(
+                "stopping: %d connections and %d tunnels are open, and have %g s to end",
+                len(plane.downstreams),
+                len(plane.tunnels),
+                config.grace_s,
+            )
             await self._drain(worker)
 
     async def _drain(self, worker: Worker) -> None:

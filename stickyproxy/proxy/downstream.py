@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import socket
 import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
@@ -30,20 +31,28 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.wire.forwarded import ForwardedWriter
 
+_EMPTY_LINES: Final = re.compile(rb"(?:\r\n)+")
+
 
 class Downstream(asyncio.Protocol):
-    """One client's connection. `deadline` is the coarse monotonic time at which `on_deadline` is due."""
+    """One client's connection. `deadline` is the coarse monotonic time at which `on_deadline` is due.
+
+    `is_blocked` says that the client does not take what was written: no other exchange begins until it does.
+    """
 
     __slots__ = (
         "_eof",
         "_heads",
         "_held",
         "_is_lingering",
-        "_is_paused",
+        "_is_next_due",
         "_listener",
+        "_unsent_bytes",
         "deadline",
         "exchange",
         "forwarded",
+        "is_blocked",
+        "is_paused",
         "plane",
         "transport",
     )
@@ -59,8 +68,11 @@ class Downstream(asyncio.Protocol):
         self._heads = RequestHeadReader(plane.settings.head, plane.cookie_reader)
         self._held: bytearray | None = None
         self._eof = False
-        self._is_paused = False
+        self._unsent_bytes = 0
+        self.is_paused = False
+        self.is_blocked = False
         self._is_lingering = False
+        self._is_next_due = False
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -69,6 +81,7 @@ class Downstream(asyncio.Protocol):
         plane = self.plane
         plane.downstreams.add(self)
         plane.counters.connections += 1
+        self.transport.set_write_buffer_limits(plane.settings.buffer_bytes)
         self.deadline = plane.now + plane.settings.timeouts.head_s
         if plane.is_stopping:
             self.transport.close()
@@ -83,6 +96,8 @@ class Downstream(asyncio.Protocol):
                 self.hold(data)
         elif self._is_lingering:
             pass
+        elif self.is_blocked or self._is_next_due:
+            self.hold(data)
         elif self._held is None:
             self._begin(data, find_head_end(data))
         else:
@@ -103,8 +118,9 @@ class Downstream(asyncio.Protocol):
 
     def _begin(self, data: bytes, end: int) -> None:
         """Begin the exchange whose head ends at `end`, or wait for more of it."""
-        if data[:2] == b"\r\n":  # one empty line before a request (RFC 9112, section 2.2)
-            data = data[2:]
+        empty = _EMPTY_LINES.match(data) if data[:2] == b"\r\n" else None
+        if empty is not None:  # empty lines before a request (RFC 9112, section 2.2)
+            data = data[empty.end() :]
             end = find_head_end(data)
             if not data:
                 return
@@ -169,26 +185,38 @@ class Downstream(asyncio.Protocol):
             self.deadline = plane.now + plane.settings.timeouts.keep_alive_s
             if self._held:
                 self.deadline = plane.now + plane.settings.timeouts.head_s
-                plane.loop.call_soon(self._next)
+                self._begin_next_soon()
             elif self._eof:
-                self.transport.close()
-            if self._is_paused:
+                self._close()
+            if self.is_paused:
                 self.resume_reading()
         elif is_request_whole and not self._held:
-            self.transport.close()
+            self._close()
         else:
             self._linger()
 
+    def _begin_next_soon(self) -> None:
+        """Begin what is held in the next turn of the loop, or once the client has taken what was written."""
+        if not (self.is_blocked or self._is_next_due):
+            self._is_next_due = True
+            self.plane.loop.call_soon(self._next)
+
     def _next(self) -> None:
+        self._is_next_due = False
         if self._is_lingering or self.transport.is_closing():
             return
         self._begin_held()
         if self._eof and not self._is_busy:
-            self.transport.close()
+            self._close()
 
     @property
     def _is_busy(self) -> bool:
-        return self.exchange is not None or self._is_lingering
+        return self.exchange is not None or self._is_lingering or self._is_request_due
+
+    @property
+    def _is_request_due(self) -> bool:
+        """Say whether what is held waits for its turn, and not for more of it."""
+        return self._held is not None and (self._is_next_due or self.is_blocked)
 
     def _linger(self) -> None:
         """Close in an orderly way: a client still sending must be able to read the answer (RFC 9112, section 9.6)."""
@@ -209,10 +237,21 @@ class Downstream(asyncio.Protocol):
             self.exchange.on_timeout()
         elif self._is_lingering:
             self.transport.abort()
-        elif self._held:
+        elif self.transport.is_closing():
+            if self.transport.get_write_buffer_size() < self._unsent_bytes:
+                self._close()  # slow, but the client takes it
+            else:
+                self.transport.abort()
+        elif self._held and not self.is_blocked:
             self.refuse(RequestError("the request head did not arrive in time", status=408))
         else:
-            self.transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close once all is sent; a client that takes nothing of it for as long as a body may stand still is cut."""
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self.deadline = self.plane.now + self.plane.settings.timeouts.body_idle_s
+        self.transport.close()
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""
@@ -224,6 +263,10 @@ class Downstream(asyncio.Protocol):
         self._eof = True
         exchange = self.exchange
         if exchange is None:
+            if self._is_request_due:
+                return True
+            if not self._is_lingering:
+                self._close()
             return False
         if exchange.is_reading_request:
             exchange.on_client_lost()
@@ -271,23 +314,27 @@ class Downstream(asyncio.Protocol):
 
     @override
     def pause_writing(self) -> None:
+        self.is_blocked = True
         if self.exchange is not None:
             self.exchange.pause_response()
 
     @override
     def resume_writing(self) -> None:
+        self.is_blocked = False
         if self.exchange is not None:
             self.exchange.resume_response()
+        elif self._held and not self._is_lingering:
+            self._begin_next_soon()
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now."""
-        self._is_paused = True
+        self.is_paused = True
         self.transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Take from the client again."""
-        if self._is_paused:
-            self._is_paused = False
+        if self.is_paused:
+            self.is_paused = False
             self.transport.resume_reading()
 
     @override

@@ -143,10 +143,10 @@ class Exchange:
             self.downstream.deadline = self.plane.now + timeouts.response_s
             return
         self.downstream.deadline = self.plane.now + timeouts.body_idle_s
+        self.downstream.resume_reading()  # before anything is written, which may pause it again
         rest, self._rest = self._rest, b""
         if rest:
             self.on_request_body(rest)
-        self.downstream.resume_reading()
 
     def _write_request_head(self, connection: UpstreamConnection) -> bytes:
         head = self.head
@@ -188,7 +188,8 @@ class Exchange:
         if relay.is_done:
             self.is_reading_request = False
             self.downstream.hold(relay.excess)
-            self.downstream.deadline = self.plane.now + timeouts.response_s
+            has_begun = self._response_head is not None
+            self.downstream.deadline = math.inf if has_begun else self.plane.now + timeouts.response_s
         else:
             self.downstream.deadline = self.plane.now + timeouts.body_idle_s
 
@@ -297,6 +298,10 @@ class Exchange:
         """End an exchange whose response was passed on whole."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            if self.downstream.is_blocked:
+                connection.transport.resume_reading()  # it was paused for this client only
+            if self._request is not None and connection.transport.get_write_buffer_size():
+                is_reusable = False  # the upstream has not taken the body, and perhaps never will
             connection.release(reusable=is_reusable and not self.is_reading_request)
         self._record("ok")
         self.downstream.on_exchange_end(keep_alive=self._keep_alive, is_request_whole=not self.is_reading_request)
@@ -386,6 +391,8 @@ class Exchange:
                 self.plane.report(pool.upstream_id, HealthEvent.CONNECTED)
             if self._is_over:
                 pool.give_back(connection)
+            elif connection.is_closing:
+                self.on_upstream_lost(connection, None)  # it accepted and closed at once
             else:
                 self._send(connection)
 
@@ -468,7 +475,10 @@ class Exchange:
 
     def on_timeout(self) -> None:
         """Act on the deadline of the downstream: no more of the body, or no head of the response."""
-        if self.is_reading_request:
+        if self.is_reading_request and self.downstream.is_paused:
+            self.fail(ResponseError("the upstream did not take the request body in time", status=504,
+                                    proxy_status="http_response_timeout"))  # fmt: skip
+        elif self.is_reading_request:
             self.fail(RequestError("the request body did not arrive in time", status=408, phase="body"))
         else:
             self.fail(ResponseError("the upstream did not answer in time", status=504,
@@ -482,6 +492,12 @@ class Exchange:
         self._status = _CLIENT_GONE
         self._error = "the client went away"
         self._record("client_gone")
+
+    def resume_request(self) -> None:
+        """Take more of the request, whose upstream has taken what there was; the client's time begins anew."""
+        if self.is_reading_request:
+            self.downstream.deadline = self.plane.now + self.plane.settings.timeouts.body_idle_s
+        self.downstream.resume_reading()
 
     def pause_response(self) -> None:
         """Read no more of the response while the client takes none."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 4096  # a thousand clients that reconnect at once must not be refused
 _MAX_WRITERS: Final = 4096
+_UNKNOWN: Final = "unknown"  # RFC 7239, section 6.2
 
 
 def bind(address: Address) -> socket.socket:
@@ -61,7 +62,7 @@ def _bind_unix(path: str) -> socket.socket:
 
 def _remove_dead_socket(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(path) == 0:
+        if probe.connect_ex(path) != errno.ECONNREFUSED:  # one of another type or owner is alive too
             raise OSError(errno.EADDRINUSE, "another process listens there")
     Path(path).unlink()
 
@@ -104,7 +105,8 @@ class Listener:
     def forwarded_writer(self, transport: asyncio.BaseTransport) -> ForwardedWriter:
         """Return what writes the fields about the client of a connection; shared by all from one address."""
         peer = transport.get_extra_info("peername")
-        address = peer[0] if isinstance(peer, tuple) else "unix"
+        # A client that has reset the connection before it was accepted has no address any more.
+        address = peer[0] if isinstance(peer, tuple) else "unix" if self.address.path else _UNKNOWN
         writer = self._writers.get(address)
         if writer is None:
             if len(self._writers) >= _MAX_WRITERS:
@@ -116,6 +118,8 @@ class Listener:
         settings = self._plane.settings
         if address == "unix":
             is_trusted = settings.trusts_unix
+        elif address == _UNKNOWN:
+            is_trusted = False
         else:
             parsed = ip_address(address.partition("%")[0])
             mapped = getattr(parsed, "ipv4_mapped", None)

@@ -82,6 +82,9 @@ class Placement:
         if choice.upstream is None:
             raise UpstreamUnavailable("no upstream can take the request")
         pool = plane.pools[choice.upstream.digest]
+        if choice.outcome is Outcome.HIT:  # another request of the same client has moved the session meanwhile
+            self._sets_cookie = True
+            return self._enter(pool)
         if choice.broken is not None and self.session is not None:
             plane.counters.breaks[choice.broken] += 1
             logger.info("a client was moved to upstream %s: its own is %s", pool.upstream_id, choice.broken)

@@ -65,7 +65,7 @@ class Plane:
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
         self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
-        self._changed: list[asyncio.Future[None]] = []
+        self._changed: set[asyncio.Future[None]] = set()
         self._client_ids = b""
         self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
         self._next_window = self.now + _PLACED_WINDOW_S
@@ -85,7 +85,7 @@ class Plane:
         for digest in self.pools.keys() - snapshot.by_digest.keys():
             self.pools.pop(digest).close()
         self.snapshot = snapshot
-        waiting, self._changed = self._changed, []
+        waiting, self._changed = self._changed, set()
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -93,9 +93,9 @@ class Plane:
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until the next snapshot is published, or until the time is over."""
         future = self.loop.create_future()
-        self._changed.append(future)
+        self._changed.add(future)
         await asyncio.wait((future,), timeout=timeout_s)
-        future.cancel()
+        self._changed.discard(future)
 
     def load(self, upstream: Upstream) -> int:
         """Return how many clients use an upstream: its sessions, those without one, and those placed just now."""

@@ -68,6 +68,11 @@ class Pool:
         return None
 
     @property
+    def buffer_bytes(self) -> int:
+        """Return how much may wait to be written to one connection before its client is no longer read."""
+        return self._plane.settings.buffer_bytes
+
+    @property
     def authority(self) -> bytes:
         """Return what stands for Host when an HTTP/1.0 client names none."""
         return b"localhost" if self.address.is_unix else str(self.address).encode("ascii")

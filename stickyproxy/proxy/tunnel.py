@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Initiator = Literal["client", "upstream", "proxy"]
 _RETRY_S: Final = 0.1  # between two looks for a frame boundary; only while a tunnel is being closed
+_FLUSH_S: Final = 60.0  # for a side to take the last bytes once the tunnel is over (nginx: send_timeout 60 s)
 
 
 class _Discard(asyncio.Transport):
@@ -99,6 +100,7 @@ class Tunnel:
         "_cause",
         "_initiator",
         "_is_over",
+        "_is_shut",
         "_plane",
         "_pool",
         "_record",
@@ -124,6 +126,7 @@ class Tunnel:
         self._initiator: Initiator | None = None
         self._cause = ""
         self._is_over = False
+        self._is_shut = False
         self._timer: asyncio.TimerHandle | None = None
         self._seen_bytes = 0
         self._seen_at = plane.now
@@ -181,20 +184,41 @@ class Tunnel:
 
     def shut(self, code: int = GOING_AWAY, reason: str = "the proxy is going away", cause: str = "stopping") -> None:
         """Close both sides with a Close frame, each at its next frame boundary, and cut them if they do not follow."""
-        if self._is_over or self._initiator is not None:
+        if not (self._is_over or self._is_shut):
+            self._is_shut = True
+            self._seen_bytes = -1
+            self._shut_at_boundary(code, reason, cause)
+
+    def _shut_at_boundary(self, code: int, reason: str, cause: str, until: float = 0.0) -> None:
+        """Shut now, or look again soon; a tunnel stuck in the middle of a frame is cut."""
+        loop, linger_s = self._plane.loop, self._plane.settings.timeouts.linger_s
+        if self._initiator is not None or self._has_close:  # it is ending already, and not waited for any longer
+            self._blame(self.client, cause)
+            if not (self._has_close or self.upstream.is_eof):
+                self._say_close(code, reason)
+            self._end_within(linger_s)
             return
         if not (self.client.scanner.is_at_boundary and self.upstream.scanner.is_at_boundary):
-            self._timer = self._plane.loop.call_later(_RETRY_S, self.shut, code, reason, cause)
+            passed, before = self.client.received_bytes + self.upstream.received_bytes, self._seen_bytes
+            self._seen_bytes = passed
+            until = until if passed == before else loop.time() + linger_s
+            if loop.time() < until:
+                self._timer = loop.call_later(_RETRY_S, self._shut_at_boundary, code, reason, cause, until)
+            else:
+                self._initiator, self._cause = "proxy", cause
+                self._end()
             return
         self._initiator, self._cause = "proxy", cause
         self.client.transport.write(write_close(code, reason))
         self.upstream.transport.write(write_close(code, reason, mask=os.urandom(4)))
         self.client.other = self.upstream.other = _DISCARD
         self.client.scanner.close_code = self.upstream.scanner.close_code = code
-        self._end_within(self._plane.settings.timeouts.linger_s)
+        self._end_within(linger_s)
 
     def check_idle(self, now: float) -> None:
         """Close the tunnel if nothing has passed for the idle timeout. `now` is coarse monotonic seconds."""
+        if self._is_shut:
+            return
         passed = self.client.received_bytes + self.upstream.received_bytes
         if passed != self._seen_bytes:
             self._seen_bytes, self._seen_at = passed, now
@@ -246,6 +270,8 @@ class Tunnel:
                 side.transport.abort()
             else:
                 side.transport.close()
+                if side.transport.get_write_buffer_size():
+                    self._plane.loop.call_later(_FLUSH_S, side.transport.abort)
         self._count()
 
     def _count(self) -> None:

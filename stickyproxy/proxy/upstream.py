@@ -33,6 +33,7 @@ class UpstreamConnection(asyncio.Protocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(self.pool.buffer_bytes)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -74,6 +75,13 @@ class UpstreamConnection(asyncio.Protocol):
         exchange.on_response_head(head, data[end:])
 
     @override
+    def eof_received(self) -> bool:
+        # What it has not taken yet, it would not answer any more; a close would wait until it takes it.
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        return False
+
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         if self.exchange is not None:
             self.exchange.on_upstream_lost(self, exc)
@@ -88,7 +96,7 @@ class UpstreamConnection(asyncio.Protocol):
     @override
     def resume_writing(self) -> None:
         if self.exchange is not None:
-            self.exchange.downstream.resume_reading()
+            self.exchange.resume_request()
 
     @property
     def has_begun(self) -> bool:

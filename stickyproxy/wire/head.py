@@ -161,7 +161,7 @@ class RequestHeadReader:
         section = data[line.start(3) : end]
         if section == self._section and target[:1] == b"/" and len(target) <= self._limits.target_bytes:
             last = self._last
-            if last is not None:
+            if last is not None and method != b"CONNECT":
                 return last.repeat(method, target)
         head = parse_request_head(data, end, self._limits)
         if self._cookies is not None and head.cookies is not None:

@@ -66,7 +66,7 @@ def canonicalise(data: bytes, start: int, end: int) -> bytes | None:
 def _fault_of(line: bytes) -> str:
     if line[:1] in {b" ", b"\t"}:
         return "a folded header line (obs-fold)"  # RFC 9112, section 5.2
-    name, colon, value = line.partition(b":")
+    name, colon, _ = line.partition(b":")
     if not colon:
         return "a header line without a colon"
     if not name:
@@ -75,9 +75,7 @@ def _fault_of(line: bytes) -> str:
         return "white space before the colon of a header field"  # RFC 9112, section 5.1
     if re.fullmatch(TOKEN, name) is None:
         return "a character that no header field name may have"
-    if re.search(rb"[\x00-\x08\n-\x1f\x7f]", value):
-        return "a control character in a header field value"  # RFC 9110, section 5.5
-    return "a header line that breaks the grammar"
+    return "a control character in a header field value"  # RFC 9110, section 5.5
 
 
 def drop_fields(section: Section, names: set[bytes]) -> Section:

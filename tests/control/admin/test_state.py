@@ -1,0 +1,131 @@
+"""The API of the state."""
+
+import json
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from yarl import URL
+
+from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.control.admin.state import parse_admin_state
+from stickyproxy.control.readings import Readings
+from stickyproxy.control.routing import Routing
+
+Client = TestClient[web.Request, web.Application]
+IDS = ["app-1", "127.0.0.1:8002", "/run/app one.sock"]
+JSON = {"Content-Type": "application/json"}
+
+
+def path_of(upstream_id: str, cluster: str = "default", *, safe: str = "") -> URL:
+    return URL(f"/api/v1/clusters/{cluster}/upstreams/{quote(upstream_id, safe=safe)}/state", encoded=True)
+
+
+def admin_state(routing: Routing, upstream_id: str) -> AdminState:
+    return next(one.admin for one in routing.snapshot.upstreams if one.id == upstream_id)
+
+
+async def test_the_state_is_shown(client: Client, readings: Readings) -> None:
+    response = await client.get("/api/v1/state")
+    assert (response.status, response.content_type) == (200, "application/json")
+    shown, expected = await response.json(), readings.describe()
+    assert shown.pop("uptime_s") <= expected.pop("uptime_s")
+    assert shown == expected
+    assert [upstream["id"] for upstream in shown["clusters"][0]["upstreams"]] == IDS
+
+
+@pytest.mark.parametrize("upstream_id", IDS)
+@pytest.mark.parametrize("state", AdminState)
+async def test_an_upstream_is_set_to_a_state(
+    client: Client, routing: Routing, upstream_id: str, state: AdminState
+) -> None:
+    routing.set_admin_state(upstream_id, next(one for one in AdminState if one is not state))
+    response = await client.put(path_of(upstream_id), json={"state": state})
+    changed = await response.json()
+    assert response.status == 200
+    assert (changed["id"], changed["admin_state"], changed["accepts_new"]) == (upstream_id, state, state == "ready")
+    assert admin_state(routing, upstream_id) is state
+    others = [admin_state(routing, one) for one in IDS if one != upstream_id]
+    assert others == [AdminState.READY] * 2
+
+
+async def test_a_colon_need_not_be_escaped(client: Client, routing: Routing) -> None:
+    response = await client.put(path_of("127.0.0.1:8002", safe=":"), json={"state": "maint"})
+    assert response.status == 200
+    assert admin_state(routing, "127.0.0.1:8002") is AdminState.MAINT
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (path_of("app-1", cluster="other"), "there is no cluster 'other'"),
+        (path_of("app-9"), "there is no upstream 'app-9' in the cluster 'default'"),
+        (path_of("app%2D1"), "there is no upstream 'app%2D1' in the cluster 'default'"),
+    ],
+)
+async def test_what_is_not_there_is_404(client: Client, path: URL, error: str) -> None:
+    response = await client.put(path, json={"state": "drain"})
+    assert (response.status, await response.json()) == (404, {"error": error})
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "application/x-www-form-urlencoded", "application/jsonx"]
+)
+async def test_a_form_of_another_site_could_not_send_json(
+    client: Client, routing: Routing, content_type: str | None
+) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    skip = {"Content-Type"} if content_type is None else set()
+    response = await client.put(path_of("app-1"), data=b'{"state": "drain"}', headers=headers, skip_auto_headers=skip)
+    assert response.status == 415
+    assert await response.json() == {"error": "expected the content type application/json"}
+    assert admin_state(routing, "app-1") is AdminState.READY
+
+
+async def test_parameters_of_the_content_type_do_not_matter(client: Client) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    response = await client.put(path_of("app-1"), data=b'{"state": "drain"}', headers=headers)
+    assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"", "the body is no JSON"),
+        (b"drain", "the body is no JSON"),
+        (b"\xff", "the body is no JSON"),
+        (b"[" * 4000, "the body is no JSON"),
+        (b'"drain"', 'expected a body such as {"state": "drain"}'),
+        (b"{}", 'expected a body such as {"state": "drain"}'),
+        (b'{"state": "drain", "more": 1}', 'expected a body such as {"state": "drain"}'),
+        (b'{"state": "off"}', "expected one of the states ready, drain, maint"),
+        (b'{"state": null}', "expected one of the states ready, drain, maint"),
+        (b'{"state": ["drain"]}', "expected one of the states ready, drain, maint"),
+    ],
+)
+async def test_a_body_that_says_no_state_is_400(client: Client, routing: Routing, body: bytes, error: str) -> None:
+    response = await client.put(path_of("app-1"), data=body, headers=JSON)
+    assert (response.status, await response.json()) == (400, {"error": error})
+    assert admin_state(routing, "app-1") is AdminState.READY
+
+
+def refuses(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except web.HTTPBadRequest:
+        return True
+    return False
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_state_or_a_bad_request(body: bytes) -> None:
+    assert refuses(lambda: parse_admin_state(body))
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5))
+def test_any_value_is_a_state_or_a_bad_request(value: object) -> None:
+    assert refuses(lambda: parse_admin_state(json.dumps({"state": value}).encode())) == (value not in list(AdminState))

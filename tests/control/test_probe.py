@@ -1,0 +1,447 @@
+"""Probes: what each kind of answer, and of silence, says about an upstream."""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from stickyproxy import __version__
+from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.snapshot import Health
+from stickyproxy.config import Config
+from stickyproxy.control import probe
+from stickyproxy.control.probe import Prober
+from stickyproxy.control.routing import Routing
+
+DEADLINE_S = 30
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+HTTP = {"path": "/healthz", "interval": "20ms", "timeout": "10s", "rise": 2, "fall": 2}
+CONNECT = {"interval": "20ms", "timeout": "10s"}
+RARE = {"interval": "1h", "timeout": "10s"}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 -- the condition may lie in a thread or in the system
+            await asyncio.sleep(0.005)
+
+
+class App:
+    """An upstream that sends `answer` to each connection once a head has come, and then closes."""
+
+    def __init__(self, answer: bytes = OK) -> None:
+        self.answer: bytes | None = answer
+        self.heads: list[bytes] = []
+        self.connections = 0
+        self._server: asyncio.Server | None = None
+        self.url = ""
+
+    async def start(self, path: Path | None = None, port: int = 0) -> "App":
+        if path is not None:
+            self._server = await asyncio.start_unix_server(self._serve, path)
+            self.url = f"unix:{path}"
+        else:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+            self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            self.heads.append(await reader.readuntil(b"\r\n\r\n"))
+            if self.answer is None:
+                await reader.read()
+            else:
+                writer.write(self.answer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+
+
+class Bench:
+    """A routing state and its prober; both are made by `run`."""
+
+    routing: Routing
+    prober: Prober
+
+    def __init__(self) -> None:
+        self.apps: list[App] = []
+        self.events: list[tuple[str, HealthEvent]] = []
+
+    async def app(self, answer: bytes = OK, *, path: Path | None = None, port: int = 0) -> App:
+        self.apps.append(await App(answer).start(path, port))
+        return self.apps[-1]
+
+    def run(self, *urls: str, settings: Mapping[str, object] | bool) -> None:
+        upstreams = [{"id": f"app-{number}", "url": url} for number, url in enumerate(urls, 1)]
+        config = Config.model_validate({"upstreams": upstreams, "health": {"probe": settings}})
+        self.routing = Routing(config, lambda *_: None)
+        report = self.routing.report
+
+        def note(upstream_id: str, event: HealthEvent) -> None:
+            self.events.append((upstream_id, event))
+            report(upstream_id, event)
+
+        self.routing.report = note  # type: ignore[method-assign]
+        self.prober = Prober(config.health, self.routing)
+        self.prober.start()
+
+    def health(self, upstream_id: str = "app-1") -> Health:
+        return self.routing.observed[upstream_id].health
+
+    def is_refused(self, upstream_id: str = "app-1") -> bool:
+        return self.routing.observed[upstream_id].is_refused
+
+    def outcomes(self, upstream_id: str = "app-1") -> dict[str, int]:
+        return {name: count for name, count in self.prober.counters[upstream_id].outcomes.items() if count}
+
+
+@pytest_asyncio.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    monkeypatch.setattr(probe, "_LOOK_S", 0.01)
+    made = Bench()
+    yield made
+    if hasattr(made, "prober"):
+        await made.prober.stop()
+    for app in made.apps:
+        await app.stop()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        port: int = link.getsockname()[1]
+        return port
+
+
+# What passes
+
+
+async def test_a_connection_is_enough_without_a_path(bench: Bench) -> None:
+    app = await bench.app()
+    bench.run(app.url, settings=CONNECT)
+    await until(lambda: bench.outcomes() == {"passed": 3} or app.connections > 3)
+    assert bench.health() is Health.HEALTHY
+    assert app.heads == []
+
+
+async def test_a_path_is_asked_for_over_a_connection_of_its_own(bench: Bench) -> None:
+    app = await bench.app()
+    bench.run(app.url, settings=HTTP | {"path": '/a%2Fb/../"?c=d'})
+    await until(lambda: len(app.heads) >= 2)
+    assert bench.health() is Health.HEALTHY
+    assert app.connections >= 2
+    lines = app.heads[0].decode().split("\r\n")
+    assert lines[0] == 'GET /a%2Fb/../"?c=d HTTP/1.1'
+    assert f"Host: {app.url.removeprefix('http://')}" in lines
+    assert f"User-Agent: stickyproxy-probe/{__version__}" in lines
+
+
+@pytest.mark.parametrize("settings", [CONNECT, HTTP])
+async def test_unix_sockets_are_probed_both_ways(bench: Bench, tmp_path: Path, settings: dict[str, object]) -> None:
+    app = await bench.app(path=tmp_path / "app.sock")
+    bench.run(app.url, settings=settings)
+    await until(lambda: bench.outcomes().get("passed", 0) >= 2)
+    assert bench.health() is Health.HEALTHY
+    assert all(b"\r\nHost: localhost\r\n" in head for head in app.heads)
+
+
+async def test_a_redirect_is_not_followed(bench: Bench) -> None:
+    app = await bench.app(b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n")
+    bench.run(app.url, settings=HTTP)
+    await until(lambda: len(app.heads) >= 2)
+    assert all(head.startswith(b"GET /healthz ") for head in app.heads)
+    assert bench.health() is Health.HEALTHY
+
+
+async def test_a_head_that_clients_may_get_passes_too(bench: Bench) -> None:
+    app = await bench.app(b"HTTP/1.1 200 OK\r\nLink: " + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n")
+    bench.run(app.url, settings=HTTP)
+    await until(bench.outcomes)
+    assert set(bench.outcomes()) == {"passed"}
+
+
+async def test_the_duration_is_counted(bench: Bench) -> None:
+    app = await bench.app()
+    bench.run(app.url, settings=RARE)
+    await until(bench.outcomes)
+    histogram = bench.prober.counters["app-1"].duration
+    assert sum(histogram.counts) == 1
+    assert histogram.total_s > 0
+
+
+# What fails
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200",
+        b"",
+    ],
+)
+async def test_a_wrong_answer_fails_and_counts_up_to_unhealthy(bench: Bench, answer: bytes) -> None:
+    app = await bench.app(answer)
+    bench.run(app.url, settings=HTTP)
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert not bench.is_refused()
+    assert set(bench.outcomes()) == {"failed"}
+
+
+async def test_an_upstream_comes_back_after_rise_probes(bench: Bench) -> None:
+    app = await bench.app(b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n")
+    bench.run(app.url, settings=HTTP)
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    app.answer = OK
+    await until(lambda: bench.health() is Health.HEALTHY)
+    assert bench.events[-2:] == [("app-1", HealthEvent.PROBE_PASSED)] * 2
+
+
+async def test_silence_is_a_timeout_and_never_a_refusal(bench: Bench) -> None:
+    app = await bench.app()
+    app.answer = None
+    bench.run(app.url, settings=HTTP | {"timeout": "10ms"})
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert not bench.is_refused()
+    assert set(bench.outcomes()) == {"timeout"}
+
+
+async def test_a_name_that_is_not_found_fails(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    async def fail(*_: object, **__: object) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fail)
+    bench.run("http://app.invalid:8001", settings=settings | {"fall": 2})
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert not bench.is_refused()
+    assert set(bench.outcomes()) == {"failed"}
+
+
+@pytest.fixture(params=[CONNECT, HTTP], ids=["connect", "http"])
+def settings(request: pytest.FixtureRequest) -> dict[str, object]:
+    chosen: dict[str, object] = request.param
+    return chosen
+
+
+async def test_a_full_backlog_of_a_unix_socket_is_no_success(bench: Bench, tmp_path: Path) -> None:
+    path = str(tmp_path / "app.sock")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+        server.bind(path)
+        server.listen(0)
+        first.connect(path)
+        bench.run(f"unix:{path}", settings=CONNECT | {"fall": 2})
+        await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert not bench.is_refused()
+    assert "passed" not in bench.outcomes()
+
+
+# What is gone
+
+
+async def test_a_refused_connection_says_that_the_process_is_gone(
+    bench: Bench, free_port: int, settings: dict[str, object]
+) -> None:
+    bench.run(f"http://127.0.0.1:{free_port}", settings=settings)
+    await until(bench.is_refused)
+    assert bench.events[0] == ("app-1", HealthEvent.REFUSED)
+    assert set(bench.outcomes()) == {"refused"}
+
+
+@pytest.mark.parametrize("is_stale", [True, False])
+async def test_a_socket_file_without_a_process_says_the_same(
+    bench: Bench,
+    tmp_path: Path,
+    settings: dict[str, object],
+    is_stale: bool,  # noqa: FBT001
+) -> None:
+    path = tmp_path / "app.sock"
+    if is_stale:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.bind(str(path))
+    bench.run(f"unix:{path}", settings=settings)
+    await until(bench.is_refused)
+    assert set(bench.outcomes()) == {"refused"}
+
+
+def answer_names(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, int]) -> None:
+    """Let app.example have these IPv4 addresses."""
+    real = asyncio.get_running_loop().getaddrinfo
+
+    async def getaddrinfo(host: str, *given: Any, **more: Any) -> list[tuple[Any, ...]]:
+        if host != "app.example":
+            return [*await real(host, *given, **more)]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one) for one in found]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+
+async def test_a_name_is_refused_only_where_all_its_addresses_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    answer_names(monkeypatch, ("127.0.0.1", free_port), ("127.0.0.2", free_port))
+    bench.run("http://app.example:8001", settings=CONNECT)
+    await until(bench.is_refused)
+    assert set(bench.outcomes()) == {"refused"}
+
+
+async def test_a_name_with_one_address_that_fails_otherwise_is_not_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    answer_names(monkeypatch, ("127.0.0.1", free_port), ("255.255.255.255", free_port))
+    bench.run("http://app.example:8001", settings=CONNECT | {"fall": 2})
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert not bench.is_refused()
+
+
+async def test_a_name_passes_where_one_of_its_addresses_does(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = await bench.app()
+    port = int(app.url.rpartition(":")[2])
+    answer_names(monkeypatch, ("127.0.0.2", port), ("127.0.0.1", port))
+    bench.run("http://app.example:8001", settings=CONNECT)
+    await until(lambda: bench.outcomes().get("passed"))
+    assert set(bench.outcomes()) == {"passed"}
+
+
+async def test_a_restarted_upstream_is_found_long_before_the_next_regular_probe(bench: Bench, free_port: int) -> None:
+    bench.run(f"http://127.0.0.1:{free_port}", settings=RARE)
+    await until(bench.is_refused)
+    await bench.app(port=free_port)
+    await until(lambda: bench.health() is Health.HEALTHY)
+    assert not bench.is_refused()
+
+
+async def test_without_probes_only_refused_upstreams_are_tried(bench: Bench, free_port: int) -> None:
+    other = await bench.app()
+    bench.run(f"http://127.0.0.1:{free_port}", other.url, settings=False)
+    assert bench.outcomes() == {}
+    bench.routing.report("app-1", HealthEvent.REFUSED)  # as the data plane does
+    await until(lambda: bench.outcomes().get("refused", 0) >= 2)
+    app = await bench.app(port=free_port)
+    await until(lambda: not bench.is_refused())
+    tried = app.connections
+    bench.routing.report("app-2", HealthEvent.REFUSED)
+    await until(lambda: not bench.is_refused("app-2"))  # some rounds later
+    assert app.connections <= tried + 1
+    assert app.heads == []
+    assert other.connections >= 1
+
+
+# Each for itself
+
+
+async def test_a_crash_of_one_probe_stops_no_other_and_blames_nobody(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = await bench.app(), await bench.app()
+    real_probe = probe.Connecting.probe
+
+    async def crash_for_first(self: probe.Connecting) -> None:
+        if f"http://{self._address}" == first.url:
+            raise RuntimeError("a fault")
+        await real_probe(self)
+
+    monkeypatch.setattr(probe.Connecting, "probe", crash_for_first)
+    bench.run(first.url, second.url, settings=CONNECT)
+    await until(lambda: bench.outcomes("app-2").get("passed", 0) >= 2 and bench.outcomes("app-1").get("failed", 0) >= 2)
+    assert {upstream_id for upstream_id, _ in bench.events} == {"app-2"}
+    assert "probe of upstream app-1 crashed" in caplog.text
+    assert "RuntimeError: a fault" in caplog.text
+
+
+async def test_a_proxy_without_descriptors_blames_no_upstream(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(probe.Connecting, "probe", fail)
+    bench.run((await bench.app()).url, settings=CONNECT)
+    await until(lambda: bench.outcomes().get("failed", 0) >= 2)
+    assert bench.events == []
+
+
+async def test_after_stop_there_are_no_tasks_and_no_probes(bench: Bench) -> None:
+    silent, app = await bench.app(), await bench.app()
+    silent.answer = None
+    bench.run(silent.url, app.url, settings=HTTP)
+    await until(lambda: bench.outcomes("app-2") and silent.heads)
+    await bench.prober.stop()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith(("probe", "look"))]
+    seen = bench.outcomes("app-2")
+    await asyncio.sleep(0.1)
+    assert bench.outcomes("app-2") == seen
+
+
+# What is logged
+
+
+async def test_the_log_says_which_upstreams_are_not_there_yet(
+    bench: Bench, caplog: pytest.LogCaptureFixture, free_port: int
+) -> None:
+    ok, bad = await bench.app(), await bench.app(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    bench.run(ok.url, f"http://127.0.0.1:{free_port}", bad.url, settings=HTTP)
+    await until(lambda: "not there yet" in caplog.text)
+    [record] = [record for record in caplog.records if "not there yet" in record.message]
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith("2 of 3 upstreams are not there yet: ")
+    assert "app-2 (refused)" in record.message
+    assert "app-3 (failed)" in record.message
+    assert "app-1" not in record.message
+
+
+async def test_the_log_is_silent_where_all_are_there(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.run((await bench.app()).url, (await bench.app()).url, settings=CONNECT)
+    await until(lambda: all(bench.outcomes(one).get("passed", 0) >= 2 for one in ("app-1", "app-2")))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_long_list_of_missing_upstreams_is_cut(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(probe, "_SHOWN", 2)
+    bench.run(*(f"unix:{tmp_path}/{number}.sock" for number in range(3)), settings=RARE)
+    await until(lambda: "not there yet" in caplog.text)
+    assert "3 of 3 upstreams are not there yet: app-1 (refused), app-2 (refused), ..." in caplog.text
+
+
+async def test_the_reason_is_logged_when_it_changes_not_each_time(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = await bench.app(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+    bench.run(app.url, settings=HTTP)
+    await until(lambda: bench.outcomes().get("failed", 0) >= 3)
+    assert caplog.text.count("probe of upstream app-1 failed: status 503") == 1
+    app.answer = OK
+    await until(lambda: bench.outcomes().get("passed", 0) >= 2)
+    assert caplog.text.count("probe of upstream app-1 passed") == 1
+
+
+# When
+
+
+@pytest.mark.parametrize(("jitter", "low", "high"), [(0, 10.0, 10.0), (10, 9.0, 11.0), (50, 5.0, 15.0)])
+def test_the_interval_varies_within_the_jitter(jitter: int, low: float, high: float) -> None:
+    config = Config.model_validate(
+        {"health": {"probe": {"interval": "10s", "jitter": jitter}}, "upstreams": ["http://127.0.0.1:1"]}
+    )
+    prober = Prober(config.health, Routing(config, lambda *_: None))
+    for end, expected in ((0, low), (1, high)):
+        prober._uniform = lambda *bounds, end=end: bounds[end]
+        assert prober._pause_s() == pytest.approx(expected)

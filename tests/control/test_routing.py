@@ -1,0 +1,213 @@
+"""The routing state: what is published when, and what is said about it."""
+
+import logging
+from collections.abc import Mapping
+
+import pytest
+
+from stickyproxy.affinity.health import HealthEvent, Observed
+from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot
+from stickyproxy.config import Address, Config, load_text
+from stickyproxy.control.routing import CLUSTER, Routing
+
+TWO = """
+upstreams:
+  - {id: a, url: "http://127.0.0.1:8001", weight: 3}
+  - {id: b, url: "unix:/run/b.sock"}
+"""
+PASSED, FAILED, REFUSED, CONNECTED = (
+    HealthEvent.PROBE_PASSED,
+    HealthEvent.PROBE_FAILED,
+    HealthEvent.REFUSED,
+    HealthEvent.CONNECTED,
+)
+
+
+class Published:
+    """Takes what is published."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
+        self.addresses: Mapping[str, Address] = {}
+
+    def __call__(self, snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
+        self.snapshots.append(snapshot)
+        self.addresses = addresses
+
+    @property
+    def last(self) -> Snapshot:
+        return self.snapshots[-1]
+
+
+def make(text: str = TWO) -> tuple[Routing, Published]:
+    published = Published()
+    return Routing(load_text(text, {}), published), published
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+
+def test_the_first_snapshot_is_published_at_once() -> None:
+    routing, published = make()
+    assert published.snapshots == [routing.snapshot]
+    assert published.addresses == {"a": Address("127.0.0.1", 8001), "b": Address(path="/run/b.sock")}
+    assert routing.snapshot.cluster == CLUSTER
+    facts = [(one.id, one.weight, one.admin, one.health, one.is_refused) for one in routing.snapshot.upstreams]
+    assert facts == [
+        ("a", 3, AdminState.READY, Health.UNKNOWN, False),
+        ("b", 1, AdminState.READY, Health.UNKNOWN, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("", Rules()),
+        ("affinity: {policy: random}", Rules(policy="random")),
+        ("affinity: {on_unavailable: refuse}", Rules(on_unavailable="refuse")),
+        ("affinity: {on_unavailable: {wait: 7s}}", Rules(on_unavailable="wait", wait_s=7.0)),
+        ("affinity: {cookie: false, client_address: true}", Rules(has_cookie=False, uses_client_address=True)),
+    ],
+)
+def test_the_rules_are_those_of_the_file(text: str, rules: Rules) -> None:
+    routing, _ = make(TWO + text)
+    assert routing.snapshot.rules == rules
+
+
+def test_a_snapshot_never_changes() -> None:
+    routing, published = make()
+    before = routing.snapshot
+    routing.report("a", REFUSED)
+    assert routing.snapshot is published.last is not before
+    assert not before.upstreams[0].is_refused
+    assert published.last.upstreams[0].is_refused
+    assert published.last.upstreams[1] == before.upstreams[1]
+
+
+def test_what_changes_nothing_is_not_published() -> None:
+    routing, published = make()
+    routing.report("a", FAILED)
+    routing.report("a", FAILED)
+    routing.report("a", CONNECTED)
+    routing.set_admin_state("a", AdminState.READY)
+    assert len(published.snapshots) == 1
+    routing.report("a", FAILED)
+    assert len(published.snapshots) == 2
+
+
+def test_the_thresholds_are_those_of_the_file() -> None:
+    routing, published = make(TWO + "health: {probe: {rise: 3, fall: 1}}")
+    routing.report("a", FAILED)
+    assert published.last.upstreams[0].health is Health.UNHEALTHY
+    for _ in range(2):
+        routing.report("a", PASSED)
+        assert published.last.upstreams[0].health is Health.UNHEALTHY
+    routing.report("a", PASSED)
+    assert published.last.upstreams[0].health is Health.HEALTHY
+
+
+def test_without_probes_the_data_plane_still_reports() -> None:
+    routing, published = make(TWO + "health: {probe: false}")
+    routing.report("a", REFUSED)
+    assert [one.id for one in published.last.candidates] == ["b"]
+    routing.report("a", CONNECTED)
+    assert [one.id for one in published.last.candidates] == ["a", "b"]
+
+
+def test_a_report_about_an_upstream_that_is_gone_is_ignored() -> None:
+    routing, published = make()
+    for event in HealthEvent:
+        routing.report("removed", event)
+    assert len(published.snapshots) == 1
+    assert set(routing.observed.values()) == {Observed()}
+
+
+@pytest.mark.parametrize("state", [AdminState.DRAIN, AdminState.MAINT])
+def test_the_operator_and_the_probes_do_not_overwrite_each_other(state: AdminState) -> None:
+    routing, published = make()
+    routing.set_admin_state("a", state)
+    routing.report("a", REFUSED)
+    routing.report("a", PASSED)
+    upstream = published.last.upstreams[0]
+    assert (upstream.admin, upstream.health) == (state, Health.HEALTHY)
+    routing.set_admin_state("a", AdminState.READY)
+    upstream = published.last.upstreams[0]
+    assert (upstream.admin, upstream.health) == (AdminState.READY, Health.HEALTHY)
+
+
+def test_an_unknown_upstream_has_no_admin_state() -> None:
+    routing, published = make()
+    with pytest.raises(KeyError):
+        routing.set_admin_state("c", AdminState.DRAIN)
+    assert len(published.snapshots) == 1
+
+
+def test_what_publish_reports_in_turn_is_not_lost() -> None:
+    """The data plane may report from within `publish`; the last snapshot published is the last state."""
+    published = Published()
+    routing: Routing
+
+    def publish(snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
+        published(snapshot, addresses)
+        if len(published.snapshots) == 2:
+            routing.report("b", REFUSED)
+
+    routing = Routing(load_text(TWO, {}), publish)
+    routing.report("a", REFUSED)
+    assert [one.is_refused for one in published.last.upstreams] == [True, True]
+    assert routing.snapshot is published.last
+
+
+# The log
+
+
+def test_the_log_names_what_changed_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "stickyproxy.control.routing")
+    routing, _ = make(TWO + "health: {probe: {fall: 1, rise: 1}}")
+    for event in (PASSED, PASSED, FAILED, FAILED, PASSED, REFUSED, REFUSED):
+        routing.report("a", event)
+    routing.set_admin_state("a", AdminState.DRAIN)
+    routing.set_admin_state("a", AdminState.DRAIN)
+    assert levels(caplog) == [
+        (logging.INFO, "upstream a is healthy"),
+        (logging.WARNING, "upstream a is unhealthy"),
+        (logging.INFO, "upstream a is healthy"),
+        (logging.WARNING, "upstream a is refusing connections"),
+        (logging.INFO, "upstream a is set to drain"),
+    ]
+
+
+def test_the_log_says_when_no_upstream_is_left_and_when_one_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "stickyproxy.control.routing")
+    routing, published = make()
+    routing.report("a", REFUSED)
+    assert not published.last.is_guarded
+    routing.report("b", REFUSED)
+    assert published.last.is_guarded
+    routing.report("b", CONNECTED)
+    assert not published.last.is_guarded
+    assert levels(caplog) == [
+        (logging.WARNING, "upstream a is refusing connections"),
+        (logging.WARNING, "upstream b is refusing connections"),
+        (logging.ERROR, "no upstream is healthy: new clients are placed all the same"),
+        (logging.INFO, "upstream b accepts connections again"),
+        (logging.INFO, "an upstream is healthy again"),
+    ]
+
+
+def test_a_cluster_that_the_operator_emptied_is_not_called_unhealthy(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "stickyproxy.control.routing")
+    routing, published = make()
+    for upstream_id in ("a", "b"):
+        routing.set_admin_state(upstream_id, AdminState.MAINT)
+    assert published.last.candidates == ()
+    assert not published.last.is_guarded
+    assert levels(caplog) == []
+
+
+def test_no_upstreams_make_an_empty_snapshot() -> None:
+    published = Published()
+    routing = Routing(Config(), published)
+    assert routing.snapshot.upstreams == ()
+    assert published.addresses == {}

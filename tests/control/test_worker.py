@@ -1,0 +1,399 @@
+"""A worker: the data plane that a configuration asks for, its listeners, and its orderly end."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.token import Token, TokenCodec
+from stickyproxy.config import Address, Config, load_text
+from stickyproxy.control.routing import Routing
+from stickyproxy.control.worker import Worker, make_sessions, make_settings
+from stickyproxy.observe.record import Record
+from stickyproxy.proxy.listener import bind
+from stickyproxy.proxy.settings import Settings, Timeouts
+from stickyproxy.wire.cookies import CookieAttributes
+from stickyproxy.wire.head import HeadLimits
+from tests.helpers.plain_client import AbortedError, PlainClient
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+OFF = float("inf")
+DEADLINE_S = 60.0
+LOOPBACK = Address("127.0.0.1", 0)
+HANDSHAKE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}
+
+
+# Settings
+
+
+def test_the_settings_of_no_file_are_the_defaults() -> None:
+    settings = make_settings(Config())
+    assert settings == Settings(
+        head=HeadLimits(head_bytes=128 * 1024, line_bytes=64 * 1024, fields=200, target_bytes=16 * 1024),
+        timeouts=Timeouts(
+            head_s=10,
+            body_idle_s=60,
+            keep_alive_s=75,
+            connect_s=5,
+            response_s=300,
+            upstream_keep_alive_s=4,
+            tunnel_idle_s=OFF,
+            linger_s=2,
+        ),
+        trailers_bytes=8 * 1024,
+        chunk_extensions_bytes=4 * 1024,
+        buffer_bytes=64 * 1024,
+        idle_connections=256,
+        cookie=CookieAttributes(name="stickyproxy"),
+        trusted=(),
+        trusts_unix=False,
+        forwarded=False,
+        prefix=None,
+    )
+
+
+EVERYTHING = """
+timeouts:
+  {head: 1s, body_idle: off, keep_alive: 2s, connect: 3s, response: off, upstream_keep_alive: 4s, tunnel_idle: 5s,
+   linger: 6s}
+limits:
+  {head: 70KiB, line: 7KiB, fields: 8, target: 5KiB, trailers: 10B, chunk_extensions: 11B, buffer: 12KiB,
+   upstream_idle_connections: 13}
+affinity:
+  cookie:
+    {name: pin, path: /app, domain: example.org, max_age: 1m, http_only: false, same_site: none, secure: true,
+     partitioned: true}
+trusted_proxies: [10.0.0.0/8, unix]
+forwarded: {forwarded: true, prefix: /app}
+"""
+
+
+def test_every_setting_comes_from_the_file() -> None:
+    assert make_settings(load_text(EVERYTHING, {})) == Settings(
+        head=HeadLimits(head_bytes=70 * 1024, line_bytes=7 * 1024, fields=8, target_bytes=5 * 1024),
+        timeouts=Timeouts(
+            head_s=1,
+            body_idle_s=OFF,
+            keep_alive_s=2,
+            connect_s=3,
+            response_s=OFF,
+            upstream_keep_alive_s=4,
+            tunnel_idle_s=5,
+            linger_s=6,
+        ),
+        trailers_bytes=10,
+        chunk_extensions_bytes=11,
+        buffer_bytes=12 * 1024,
+        idle_connections=13,
+        cookie=CookieAttributes(
+            name="pin",
+            path="/app",
+            domain="example.org",
+            max_age_s=60,
+            http_only=False,
+            same_site="none",
+            secure=True,
+            partitioned=True,
+        ),
+        trusted=(ip_network("10.0.0.0/8"),),
+        trusts_unix=True,
+        forwarded=True,
+        prefix="/app",
+    )
+
+
+def test_without_a_cookie_there_are_no_cookie_attributes() -> None:
+    assert make_settings(load_text("affinity: {cookie: false}", {})).cookie is None
+
+
+# Sessions
+
+
+@pytest.mark.parametrize(
+    ("affinity", "refresh_s"),
+    [
+        ("{}", OFF),
+        ("{max_idle: 100s}", 25),
+        ("{cookie: {max_age: 60s}}", 15),
+        ("{max_idle: 100s, cookie: {max_age: 60s}}", 15),
+        ("{max_idle: 40s, cookie: {max_age: 60s}}", 10),
+        ("{max_idle: 40s, cookie: false}", 10),
+        ("{max_life: 100s}", OFF),
+    ],
+)
+def test_a_token_is_written_anew_in_the_last_part_of_its_shortest_lifetime(affinity: str, refresh_s: float) -> None:
+    sessions = make_sessions(load_text(f"affinity: {affinity}", {}), [SECRET])
+    token = Token(b"upstream", b"0123456789", pinned_at=1000, seen_at=1000)
+    presented = sessions.present(TokenCodec([SECRET]).write(token), 1001)
+    assert presented is not None
+    assert presented.refresh_at == 1000 + refresh_s
+
+
+def test_the_first_secret_signs_and_all_verify() -> None:
+    old = b"old" + SECRET
+    sessions = make_sessions(Config(), [SECRET, old])
+    token = Token(b"upstream", b"0123456789", pinned_at=1000, seen_at=1000)
+    assert sessions.present(TokenCodec([old]).write(token), 1001) is not None
+    assert sessions.present(TokenCodec([b"new" + SECRET]).write(token), 1001) is None
+    written = sessions.write_token(sessions.begin(b"0123456789", b"upstream", 1000), 1000)
+    assert TokenCodec([SECRET]).parse(written, 1000) is not None
+
+
+@pytest.mark.parametrize(
+    ("affinity", "expires_at"), [("{}", OFF), ("{max_idle: 10s}", 1010), ("{max_idle: 1h, max_life: 20s}", 1020)]
+)
+def test_lifetimes_come_from_the_file(affinity: str, expires_at: float) -> None:
+    sessions = make_sessions(load_text(f"affinity: {affinity}", {}), [SECRET])
+    token = Token(b"upstream", b"0123456789", pinned_at=1000, seen_at=1000)
+    presented = sessions.present(TokenCodec([SECRET]).write(token), 1001)
+    assert presented is not None
+    assert presented.expires_at == expires_at
+
+
+def test_how_long_a_session_counts_comes_from_the_file() -> None:
+    sessions = make_sessions(load_text("affinity: {session_idle: 7s}", {}), [SECRET])
+    sessions.touch(sessions.begin(b"0123456789", b"upstream", 1000), 100.0)
+    sessions.expire(106.9)
+    assert len(sessions) == 1
+    sessions.expire(107.1)
+    assert len(sessions) == 0
+
+
+# A worker with an upstream
+
+
+class Upstream:
+    """Answers `/hold` when it is released, `/ws` with 101, and all else at once."""
+
+    def __init__(self) -> None:
+        self.released = asyncio.Event()
+        self.has_request = asyncio.Event()
+        self.received: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.received.append(head)
+                self.has_request.set()
+                if head.startswith(b"GET /ws "):
+                    writer.write(
+                        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+                    )
+                    self.received.append(await reader.read())
+                    break
+                if head.startswith(b"GET /hold "):
+                    await self.released.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+class Running:
+    """A worker that listens, with what it reported and logged."""
+
+    def __init__(self, worker: Worker, upstream: Upstream) -> None:
+        self.worker = worker
+        self.upstream = upstream
+        self.reported: list[tuple[str, HealthEvent]] = []
+        self.logged: list[Record] = []
+
+    @property
+    def port(self) -> int:
+        return int(self.worker.listeners[0].port)
+
+
+@asynccontextmanager
+async def running(text: str = "", listen: Address = LOOPBACK) -> AsyncIterator[Running]:
+    upstream = Upstream()
+    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    config = load_text(f"upstreams: [http://127.0.0.1:{port}]\n{text}", {})
+    made: list[Running] = []
+    worker = Worker(
+        config,
+        [SECRET],
+        report=lambda upstream_id, event: made[0].reported.append((upstream_id, event)),
+        log=lambda record: made[0].logged.append(record),
+    )
+    made.append(Running(worker, upstream))
+    Routing(config, worker.plane.publish)
+    link = bind(listen)
+    link.setblocking(False)  # noqa: FBT003
+    try:
+        await worker.listen([(listen, link)])
+        yield made[0]
+    finally:
+        await worker.close()
+        upstream.released.set()
+        server.close()
+        async with asyncio.timeout(DEADLINE_S):
+            await server.wait_closed()
+        link.close()
+
+
+async def open_tunnel(worker: Running) -> PlainClient:
+    client = await PlainClient.connect(worker.port)
+    client.send("/ws", fields=HANDSHAKE)
+    status, _ = await client.receive_head()
+    assert status == 101
+    return client
+
+
+async def test_it_serves_on_its_listener_and_logs() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        answer = await client.ask("/")
+        assert (answer.status, answer.body) == (200, b"ok")
+        assert answer.cookie is not None
+        assert [(record.target, record.status) for record in worker.logged] == [(b"/", 200)]
+
+
+async def test_what_it_finds_dead_is_reported() -> None:
+    port = bind(LOOPBACK)
+    dead = port.getsockname()[1]
+    port.close()
+    async with running(f"affinity: {{policy: random}}\nlog_level: info") as worker:
+        config = load_text(f"upstreams: [http://127.0.0.1:{dead}]", {})
+        Routing(config, worker.worker.plane.publish)
+        async with await PlainClient.connect(worker.port) as client:
+            assert (await client.ask("/")).status == 503
+        assert worker.reported == [(f"127.0.0.1:{dead}", HealthEvent.REFUSED)]
+
+
+async def test_drain_returns_at_once_where_nothing_is_open() -> None:
+    async with running() as worker:
+        port = worker.port
+        async with asyncio.timeout(DEADLINE_S):
+            await worker.worker.drain(3600)
+        with pytest.raises(ConnectionRefusedError):
+            await PlainClient.connect(port)
+
+
+async def test_drain_waits_for_the_exchange_and_not_for_idle_connections() -> None:
+    async with (
+        running() as worker,
+        await PlainClient.connect(worker.port) as idle,
+        await PlainClient.connect(worker.port) as busy,
+    ):
+        await idle.ask("/")
+        worker.upstream.has_request.clear()
+        busy.send("/hold")
+        await worker.upstream.has_request.wait()
+        draining = asyncio.get_running_loop().create_task(worker.worker.drain(3600))
+        assert await idle.receive_end() == b""
+        assert not draining.done()
+        worker.upstream.released.set()
+        answer = await busy.receive()
+        assert (answer.body, answer.fields["connection"]) == (b"ok", "close")
+        async with asyncio.timeout(DEADLINE_S):
+            await draining
+        assert not worker.worker.plane.downstreams
+
+
+async def test_drain_tells_every_tunnel_and_waits_for_their_ends() -> None:
+    async with running() as worker:
+        clients = [await open_tunnel(worker) for _ in range(20)]
+        assert len(worker.worker.plane.tunnels) == 20
+        async with asyncio.timeout(DEADLINE_S):
+            draining = asyncio.get_running_loop().create_task(worker.worker.drain(3600))
+            for client in clients:
+                async with client:
+                    frame = await client._reader.readexactly(4)
+                    assert frame[0] == 0x88
+                    assert int.from_bytes(frame[2:], "big") == 1001
+            await draining
+        assert not worker.worker.plane.tunnels
+        assert {(record.kind, record.close_code, record.initiator) for record in worker.logged} == {
+            ("tunnel", 1001, "proxy")
+        }
+
+
+async def test_what_is_left_after_the_grace_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        async with await open_tunnel(worker) as tunnel:
+            client.send("/hold")
+            await asyncio.wait_for(worker.upstream.has_request.wait(), DEADLINE_S)
+            async with asyncio.timeout(DEADLINE_S):
+                await worker.worker.drain(0)
+            assert "the grace period is over: 1 tunnels and 1 connections are cut" in caplog.messages
+            await worker.worker.close()
+            assert not worker.worker.plane.downstreams
+            assert not worker.worker.plane.tunnels
+            await tunnel.receive_end()
+        with pytest.raises(AbortedError):
+            await client.receive()
+
+
+async def test_close_counts_and_logs_what_it_cuts_before_it_returns() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client, await open_tunnel(worker):
+        client.send("/hold")
+        while len(worker.upstream.received) < 2:
+            await asyncio.wait_for(worker.upstream.has_request.wait(), DEADLINE_S)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_S):
+            await worker.worker.close()
+        assert sorted((record.kind, record.target) for record in worker.logged) == [
+            ("exchange", b"/hold"),
+            ("tunnel", b"/ws"),
+        ]
+        [pool] = worker.worker.plane.pools.values()
+        assert (pool.counters.in_flight, pool.counters.tunnels_open) == (0, 0)
+
+
+async def test_close_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stickyproxy.control.worker._CLOSE_S", 0.01)
+    async with running() as worker:
+        with monkeypatch.context() as patched:
+            patched.setattr(worker.worker.plane, "wait_until_empty", asyncio.Event().wait)
+            async with asyncio.timeout(DEADLINE_S):
+                await worker.worker.close()
+
+
+async def test_a_socket_that_another_has_bound_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "proxy.sock"
+    async with running(listen=Address(path=str(path))) as worker:
+        await worker.worker.drain(3600)
+        assert not path.exists()
+        path.write_text("the next proxy's")
+        await worker.worker.close()
+        assert path.exists()
+
+
+async def test_tunnels_are_closed_one_after_the_other_over_half_of_the_grace(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pause is a hundredth of a second, less where half of the grace would not suffice."""
+    caplog.set_level(logging.CRITICAL)
+    async with running() as worker:
+        plane = worker.worker.plane
+        closed_at: list[float] = []
+
+        class Held:
+            """A tunnel that never ends."""
+
+            upstream_id = ""
+
+            def shut(self) -> None:
+                closed_at.append(plane.loop.time())
+
+            def abort(self) -> None:
+                plane.tunnels.clear()
+
+        for grace_s, pause_s in ((3600.0, 0.01), (0.1, 0.1 / 2 / 20)):
+            closed_at.clear()
+            plane.tunnels.update(Held() for _ in range(20))  # type: ignore[misc]
+            draining = asyncio.get_running_loop().create_task(worker.worker.drain(grace_s))
+            async with asyncio.timeout(DEADLINE_S):
+                while len(closed_at) < 20:
+                    await asyncio.sleep(0.001)
+            assert closed_at[-1] - closed_at[0] >= 19 * pause_s * 0.99
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
+            plane.tunnels.clear()
