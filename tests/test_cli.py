@@ -1,11 +1,12 @@
 """The commands: what they print, their exit statuses, and that no mistake of an operator ends in a traceback."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import yaml
@@ -222,7 +223,7 @@ def test_the_schema_finds_mistakes(schema: dict[str, Any]) -> None:
     found = set(find_mistakes(yaml.safe_load(MISTAKES), schema, schema))
     assert found >= {
         "$.upstreams[0]: none of its forms",
-        "$.affinity.policy: not one of ['least_sessions', 'round_robin', 'random']",
+        "$.affinity.policy: not enum ['least_sessions', 'round_robin', 'random']",
     }
     assert list(find_mistakes({"upstream": []}, schema, schema)) == ["$: unknown key upstream"]
 
@@ -299,7 +300,7 @@ def test_the_log_has_the_level_of_the_file(monkeypatch: pytest.MonkeyPatch, serv
 
 def test_the_log_goes_to_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(cli.logging, "basicConfig", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(logging, "basicConfig", lambda **arguments: given.update(arguments))
     cli._set_up_log("warning")
     assert given["level"] == "WARNING"
     assert given["stream"] is sys.stderr
@@ -319,7 +320,7 @@ class FakeDemo:
     def __init__(self, *, admin_url: str) -> None:
         type(self).admin_url = admin_url
 
-    async def __aenter__(self) -> "FakeDemo":
+    async def __aenter__(self) -> Self:
         if self.error is not None:
             raise self.error
         return self

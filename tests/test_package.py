@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel with the build backend that is installed; nothing is downloaded."""
     directory = tmp_path_factory.mktemp("wheel")
-    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", directory, REPOSITORY]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False)
+    build = f"-m pip wheel --no-deps --no-build-isolation --no-index --wheel-dir {directory} {REPOSITORY}".split()
+    done = subprocess.run([sys.executable, *build], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = directory.glob("*.whl")
     return path

@@ -46,9 +46,7 @@ _CONNECT_TIMEOUT_S: Final = 2.0  # where the file asks for no probes; the defaul
 # The proxy has run out of something: that says nothing about an upstream.
 _OWN_FAULTS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = (ConnectionRefusedError, FileNotFoundError)
-# What the data plane takes from an upstream, it must take from a probe's answer too.
-_LINE_BYTES: Final = 64 * 1024
-_HEAD_BYTES: Final = 128 * 1024
+_FIELD_BYTES: Final = 64 * 1024  # one field of an answer, as the data plane takes it (aiohttp's default: 8 KiB)
 _SHOWN: Final = 20  # upstreams named in one log line
 _EVENTS: Final = {
     "passed": HealthEvent.PROBE_PASSED,
@@ -113,8 +111,7 @@ class Asking:
             cookie_jar=DummyCookieJar(),
             headers={"Host": authority, "User-Agent": f"stickyproxy-probe/{__version__}"},
             timeout=ClientTimeout(total=None),  # the caller has one for every kind of probe
-            max_line_size=_LINE_BYTES,
-            max_field_size=_HEAD_BYTES,
+            max_field_size=_FIELD_BYTES,
         )
 
     async def probe(self) -> None:

@@ -44,7 +44,7 @@ _REOPEN_S: Final = 1.0  # between two looks at whether the file was moved away
 _STDOUT: Final = 1
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-_encode_json: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
+_quote: Final = json.JSONEncoder(ensure_ascii=True).encode
 _UNSAFE: Final = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
 
 
@@ -54,35 +54,29 @@ def format_json(at: datetime, record: Record) -> str:
     Each byte of the wire is one character of the text, so that any bytes can be told apart; all but printable ASCII
     is escaped (\u00e9).
     """
-    facts: dict[str, object] = {
-        "time": f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond // 1000:03d}Z",
-        "kind": record.kind,
-        "request_id": record.request_id,
-        "client": record.client[:FIELD_BYTES],
-        "method": _text(record.method),
-        "target": _text(record.target),
-        "host": _text(record.host),
-        "status": record.status,
-        "upstream": record.upstream,
-        "affinity": record.affinity,
-        "attempts": record.attempts,
-        "duration_s": round(record.duration_s, 6),
-        "received_bytes": record.received_bytes,
-        "sent_bytes": record.sent_bytes,
-        "referer": _text(record.referer),
-        "user_agent": _text(record.user_agent),
-        "error": record.error[:FIELD_BYTES],
-    }
-    if record.kind == "tunnel":
-        facts |= {"close_code": record.close_code, "initiator": record.initiator, "cause": record.cause}
-    return _encode_json(facts).replace("\x7f", "\\u007f")
+    # Put together by hand, which takes a third of the time: the thread competes with the event loop.
+    tunnel = (
+        f',"close_code":{record.close_code},"initiator":{_quote(record.initiator)},"cause":{_quote(record.cause)}'
+        if record.kind == "tunnel"
+        else ""
+    )
+    return (
+        f'{{"time":"{at.isoformat(timespec="milliseconds")[:-6]}Z","kind":{_quote(record.kind)},'
+        f'"request_id":{_quote(record.request_id)},"client":{_quote(record.client[:FIELD_BYTES])},'
+        f'"method":{_quote(_text(record.method))},"target":{_quote(_text(record.target))},'
+        f'"host":{_quote(_text(record.host))},"status":{record.status},"upstream":{_quote(record.upstream)},'
+        f'"affinity":{_quote(record.affinity)},"attempts":{record.attempts},"duration_s":{record.duration_s:.6f},'
+        f'"received_bytes":{record.received_bytes},"sent_bytes":{record.sent_bytes},'
+        f'"referer":{_quote(_text(record.referer))},"user_agent":{_quote(_text(record.user_agent))},'
+        f'"error":{_quote(record.error[:FIELD_BYTES])}{tunnel}}}'
+    )
 
 
 def format_combined(at: datetime, record: Record) -> str:
     r"""Return the record in the combined format of Apache and nginx, escaped as nginx does (\x22); `at` is in UTC."""
     # The record does not hold the version of a request; nearly all are HTTP/1.1.
     request = f"{_escape(record.method)} {_escape(record.target)} HTTP/1.1" if record.method else "-"
-    time = f"{at.day:02d}/{_MONTHS[at.month - 1]}/{at:%Y:%H:%M:%S} +0000"
+    time = f"{at.day:02d}/{_MONTHS[at.month - 1]}/{at.year}:{at.isoformat()[11:19]} +0000"
     return (
         f"{_escape(record.client.encode()) or '-'} - - [{time}] "
         f'"{request}" {record.status} {record.sent_bytes} '

@@ -1,8 +1,8 @@
 """The floor for HTTP: the least that a relay on uvloop must do. No features, no checks; GET only, one upstream.
 
 Heads are parsed by httptools both ways, the affinity cookie is looked up, hop-by-hop headers are dropped, connections
-to the application are reused. The distance to the product is the price of the features.
-Run as a program: `python -m tests.bench.floor_http PORT UPSTREAM_PORT`.
+to the application are reused; what a body holds beyond the first read is counted, not parsed. The distance to the
+product is the price of the features. Run as a program: `python -m tests.bench.floor_http PORT UPSTREAM_PORT`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Pool:
 class Upstream(asyncio.Protocol):
     """A connection to the application; `_downstream` is who waits for the response that comes, if anyone."""
 
-    __slots__ = ("_downstream", "_headers", "_is_done", "_out", "_parser", "_pool", "transport")
-
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
         self._downstream: Downstream | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._out: list[bytes] = []
+        self._left_bytes = 0  # of the body
+        self._is_counting = False
         self._is_done = False
 
     @override
@@ -71,9 +71,14 @@ class Upstream(asyncio.Protocol):
         if downstream is None:
             self.transport.close()
             return
-        self._parser.feed_data(data)
-        downstream.transport.write(b"".join(self._out))
-        self._out.clear()
+        if self._is_counting:
+            downstream.transport.write(data)
+            self._count(len(data))
+        else:
+            self._parser.feed_data(data)
+            downstream.transport.write(b"".join(self._out))
+            self._out.clear()
+            self._is_counting = not self._is_done and self._left_bytes > 0
         if self._is_done:
             self._downstream = downstream.upstream = None
             if downstream.is_full:
@@ -81,6 +86,13 @@ class Upstream(asyncio.Protocol):
             self._pool.idle.append(self)
             if not downstream.is_kept:
                 downstream.transport.close()
+
+    def _count(self, received_bytes: int) -> None:
+        self._left_bytes -= received_bytes
+        if not self._left_bytes:
+            self._is_done = True
+            self._is_counting = False
+            self._parser = httptools.HttpResponseParser(self)  # the old one still waits for the body
 
     def on_message_begin(self) -> None:
         self._headers.clear()
@@ -92,7 +104,12 @@ class Upstream(asyncio.Protocol):
         assert self._downstream is not None
         out = self._out
         out.append(b"HTTP/1.1 %d OK\r\n" % self._parser.get_status_code())
-        out += [b"%b: %b\r\n" % field for field in self._headers if field[0].lower() not in _HOP_BY_HOP]
+        for name, value in self._headers:
+            lower = name.lower()
+            if lower == b"content-length":
+                self._left_bytes = int(value)
+            if lower not in _HOP_BY_HOP:
+                out.append(b"%b: %b\r\n" % (name, value))
         if not self._downstream.is_kept:
             out.append(b"Connection: close\r\n")
         if self._downstream.is_new:
@@ -101,6 +118,7 @@ class Upstream(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._out.append(body)
+        self._left_bytes -= len(body)
 
     def on_message_complete(self) -> None:
         self._is_done = True
@@ -115,19 +133,6 @@ class Upstream(asyncio.Protocol):
 
 class Downstream(asyncio.Protocol):
     """A connection of a client; `upstream` is where its request is being answered."""
-
-    __slots__ = (
-        "_address",
-        "_headers",
-        "_parser",
-        "_pool",
-        "_url",
-        "is_full",
-        "is_kept",
-        "is_new",
-        "transport",
-        "upstream",
-    )
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool

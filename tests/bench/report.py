@@ -1,4 +1,4 @@
-"""The results as text and as JSON: on which machine, with which versions, and a line for each target in a scenario."""
+"""The results as text and as JSON: the machine, the versions, and a line for each target in a scenario."""
 
 from __future__ import annotations
 

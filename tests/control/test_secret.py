@@ -6,11 +6,10 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pytest
 
-from stickyproxy.control import secret as module
 from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.errors import UsageError
 
@@ -116,7 +115,7 @@ def test_one_that_another_proxy_makes_meanwhile_wins(tmp_path: Path, monkeypatch
         path.write_bytes(LONG)
         link(draft, path)
 
-    monkeypatch.setattr(module.os, "link", be_late)
+    monkeypatch.setattr(os, "link", be_late)
     assert load_or_make_secret(tmp_path) == LONG
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
@@ -132,7 +131,7 @@ def test_a_directory_that_cannot_be_written_costs_only_the_pins(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.os, what, fail)
+        patched.setattr(os, what, fail)
         made = load_or_make_secret(tmp_path)
     assert len(made) >= 32
     [message] = caplog.messages
@@ -158,7 +157,7 @@ def test_a_draft_that_is_half_written_leaves_nothing(tmp_path: Path, monkeypatch
         def __init__(self, descriptor: int, mode: str) -> None:
             self._file = fdopen(descriptor, mode)
 
-        def __enter__(self) -> "Full":
+        def __enter__(self) -> Self:
             return self
 
         def __exit__(self, *_: object) -> None:
@@ -167,7 +166,7 @@ def test_a_draft_that_is_half_written_leaves_nothing(tmp_path: Path, monkeypatch
         def write(self, _: bytes) -> NoReturn:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.os, "fdopen", Full)
+    monkeypatch.setattr(os, "fdopen", Full)
     assert len(load_or_make_secret(tmp_path)) >= 32
     assert list(tmp_path.iterdir()) == []
 
@@ -182,13 +181,13 @@ def test_one_that_is_too_short_is_refused(tmp_path: Path, content: bytes) -> Non
 
 def test_one_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
-    with pytest.raises(UsageError, match="cannot read the secret .*: is a directory"):
+    with pytest.raises(UsageError, match=r"cannot read the secret .*: is a directory"):
         load_or_make_secret(tmp_path)
 
 
 def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"")
-    with pytest.raises(UsageError, match="cannot read the secret .*: not a directory"):
+    with pytest.raises(UsageError, match=r"cannot read the secret .*: not a directory"):
         load_or_make_secret(tmp_path / "state")
 
 

@@ -180,10 +180,10 @@ class PlaneUnderTest:
         return self.records[-1]
 
     async def settle(self) -> None:
-        """Close all clients and wait until nothing is open; then check what must always hold."""
+        """Reset all clients and wait until nothing is open; then check what must always hold."""
         for client in self._clients:
             if not client.is_lost:
-                client.transport.abort()
+                client.reset()
         plane = self.plane
         links = [link for upstream in self.all_upstreams for link in upstream.links]
         for link in links:

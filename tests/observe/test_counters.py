@@ -2,7 +2,14 @@
 
 import pytest
 
-from stickyproxy.observe.counters import METHOD_NAMES, STATUS_CLASSES, Histogram, ProbeCounters, UpstreamCounters
+from stickyproxy.observe.counters import (
+    METHOD_NAMES,
+    STATUS_CLASSES,
+    Histogram,
+    PlaneCounters,
+    ProbeCounters,
+    UpstreamCounters,
+)
 
 
 @pytest.mark.parametrize(("duration_s", "place"), [(0.0, 0), (1.0, 0), (1.1, 1), (2.0, 1), (2.1, 2)])
@@ -27,3 +34,9 @@ def test_an_exchange_is_counted_by_method_and_class(method: str, status: int) ->
 def test_the_outcomes_of_probes_begin_at_zero() -> None:
     assert ProbeCounters().outcomes == {"passed": 0, "failed": 0, "refused": 0, "timeout": 0}
     assert set(ProbeCounters().outcomes) == {"passed", "failed", "refused", "timeout"}
+
+
+def test_the_counters_of_the_plane_begin_at_zero() -> None:
+    counters = PlaneCounters()
+    assert (counters.hits, counters.connections, counters.affinity, counters.breaks) == (0, 0, {}, {})
+    assert sum(counters.none.exchanges) == 0
