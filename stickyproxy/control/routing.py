@@ -59,8 +59,6 @@ class Routing:
 
     def _renew(self) -> None:
         before, self.snapshot = self.snapshot, self._build()
-        if self.snapshot.upstreams == before.upstreams:
-            return
         if self.snapshot.is_guarded and not before.is_guarded:
             logger.error("no upstream is healthy: new clients are placed all the same")
         elif before.is_guarded and not self.snapshot.is_guarded:

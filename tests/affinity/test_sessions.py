@@ -1,0 +1,318 @@
+"""The sessions known here, against a simple model: who is active where, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from stickyproxy.affinity import sessions as sessions_module
+from stickyproxy.affinity.sessions import Session, SessionTable
+from stickyproxy.affinity.token import Lifetimes, Token, TokenCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CODEC = TokenCodec([b"secret"])
+IDLE_S = 60.0
+HERE, THERE, GONE = b"here....", b"there...", b"gone...."
+CLIENT = b"0123456789"
+DIGESTS = st.sampled_from([HERE, THERE, GONE])
+CLIENTS = st.sampled_from([b"%010d" % number for number in range(4)])
+
+
+def table_of(lifetimes: Lifetimes | None = None, *, refresh_s: float | None = None) -> SessionTable:
+    return SessionTable(CODEC, lifetimes or Lifetimes(), idle_s=IDLE_S, refresh_s=refresh_s)
+
+
+def value_of(digest: bytes = HERE, client: bytes = CLIENT, *, pinned_at: int = 100, seen_at: int = 100) -> bytes:
+    return CODEC.write(Token(digest, client, pinned_at, seen_at))
+
+
+def present(table: SessionTable, value: bytes, wall: float = 100) -> Session:
+    presented = table.present(value, wall)
+    assert presented is not None
+    return presented.session
+
+
+# One client
+
+
+def test_a_token_is_verified_once() -> None:
+    table = table_of()
+    value = value_of()
+    first = table.present(value, 100)
+    assert first is not None
+    assert (first.session.digest, first.session.client_id, first.session.pinned_at) == (HERE, CLIENT, 100)
+    assert table.present(value, 200) is first
+    assert (first.digest, first.expires_at, first.refresh_at) == (HERE, float("inf"), float("inf"))
+
+
+def test_an_invalid_token_stands_for_nothing_and_is_not_kept() -> None:
+    table = table_of()
+    assert table.present(b"v1.forged", 100) is None
+    assert table.present(value_of(seen_at=1000), 100) is None
+    assert len(table) == 0
+    assert not table._verified
+
+
+def test_a_token_says_when_it_expires_and_when_it_is_to_be_written_anew() -> None:
+    table = table_of(Lifetimes(max_idle_s=50, max_life_s=1000), refresh_s=20)
+    presented = table.present(value_of(pinned_at=100, seen_at=300), 300)
+    assert presented is not None
+    assert (presented.expires_at, presented.refresh_at) == (350, 320)
+
+
+def test_a_first_visit_is_no_session() -> None:
+    table = table_of()
+    present(table, value_of())
+    table.begin(b"9876543210", HERE, 100)
+    assert (len(table), table.counts) == (0, {})
+
+
+def test_a_session_is_active_until_it_was_idle_too_long() -> None:
+    table = table_of()
+    session = present(table, value_of())
+    table.touch(session, 1000.0)
+    table.touch(session, 1010.0)
+    table.expire(1069.9)
+    assert (len(table), table.counts) == (1, {HERE: 1})
+    table.expire(1070.0)
+    assert (len(table), table.counts) == (0, {})
+
+
+def test_an_open_session_does_not_end() -> None:
+    table = table_of()
+    session = present(table, value_of())
+    session.open = 1
+    table.touch(session, 0.0)
+    for now in range(60, 6000, 60):
+        table.expire(float(now))
+        assert table.counts == {HERE: 1}
+    session.open = 0
+    table.expire(7000.0)
+    assert table.counts == {}
+
+
+def test_one_open_session_is_looked_at_once() -> None:
+    """A sweep must not go round and round over what cannot expire."""
+    table = table_of()
+    session = table.begin(CLIENT, HERE, 100)
+    session.open = 1
+    table.touch(session, 0.0)
+    moved: list[bytes] = []
+    table._active.move_to_end = lambda key, last=True: moved.append(key)  # type: ignore[method-assign]  # noqa: ARG005, FBT002
+    table.expire(IDLE_S - 1)
+    assert moved == []
+    table.expire(IDLE_S)
+    assert moved == [CLIENT]
+
+
+def test_a_session_moves_with_its_count() -> None:
+    table = table_of()
+    session = present(table, value_of())
+    table.move(session, THERE, 150.9)
+    assert (session.digest, session.pinned_at, table.counts) == (THERE, 150, {})
+    table.touch(session, 0.0)
+    table.move(session, GONE, 160)
+    assert table.counts == {GONE: 1}
+    assert CODEC.parse(table.write_token(session, 170.5), 170) == Token(GONE, CLIENT, 160, 170)
+
+
+def test_an_older_token_of_a_moved_session_still_leads_to_it() -> None:
+    table = table_of()
+    old = value_of(HERE, pinned_at=100)
+    session = present(table, old)
+    table.touch(session, 0.0)
+    table.move(session, THERE, 200)
+    presented = table.present(old, 200)
+    assert presented is not None
+    assert presented.session is session
+    assert (presented.digest, session.digest) == (HERE, THERE)
+    assert present(table, value_of(HERE, pinned_at=100, seen_at=101), 200).digest == THERE
+
+
+def test_a_newer_token_tells_what_another_replica_did() -> None:
+    table = table_of()
+    session = present(table, value_of(HERE, pinned_at=100))
+    table.touch(session, 0.0)
+    assert present(table, value_of(THERE, pinned_at=150, seen_at=150), 200) is session
+    assert (session.digest, session.pinned_at, table.counts) == (THERE, 150, {THERE: 1})
+
+
+def test_two_tokens_of_one_client_are_one_session() -> None:
+    table = table_of()
+    first = present(table, value_of(HERE, pinned_at=100))
+    second = present(table, value_of(THERE, pinned_at=100, seen_at=101), 101)
+    assert first is not second
+    table.touch(first, 0.0)
+    table.touch(second, 1.0)
+    assert (len(table), table.counts, second.digest) == (1, {HERE: 1}, HERE)
+
+
+# Bounds
+
+
+@pytest.fixture
+def three_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[SessionTable]:
+    monkeypatch.setattr(sessions_module, "_MAX_VERIFIED", 3)
+    return table_of()
+
+
+def test_only_so_many_tokens_are_remembered(three_verified: SessionTable) -> None:
+    table = three_verified
+    values = [value_of(client=b"%010d" % number) for number in range(10)]
+    for value in values:
+        table.present(value, 100)
+        assert len(table._verified) <= 3
+    assert list(table._verified) == values[-3:]
+
+
+def test_a_forgotten_token_finds_its_session_again(three_verified: SessionTable) -> None:
+    table = three_verified
+    value = value_of()
+    session = present(table, value)
+    table.touch(session, 0.0)
+    for number in range(5):
+        table.present(value_of(client=b"%010d" % number), 100)
+    assert value not in table._verified
+    assert present(table, value) is session
+
+
+def test_only_so_many_sessions_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions_module, "_MAX_EXPIRED_AT_ONCE", 4)
+    table = table_of()
+    for number in range(10):
+        table.touch(table.begin(b"%010d" % number, HERE, 100), 0.0)
+    left = []
+    for _ in range(4):
+        table.expire(1000.0)
+        left.append(len(table))
+    assert left == [6, 2, 0, 0]
+    assert table.counts == {}
+
+
+def test_repr_shows_the_state() -> None:
+    assert repr(Session(b"\x01", b"\x02", 0)) == "<Session 01 at 02 open=0>"
+
+
+# Any order of events
+
+
+class Sessions(RuleBasedStateMachine):
+    """The model: each session's upstream, and which session of a client is active since when."""
+
+    known = Bundle("known")
+
+    @initialize()
+    def start(self) -> None:
+        self.table = table_of()
+        self.now = 0.0
+        self.wall = 100
+        self.digest: dict[Session, bytes] = {}
+        self.pinned_at: dict[Session, int] = {}
+        self.active: dict[bytes, Session] = {}
+        self.since: dict[Session, float] = {}
+        self.verified: dict[bytes, Session] = {}
+
+    @rule(seconds=st.sampled_from([1, 20, 61]))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+        self.wall += seconds
+
+    @rule(target=known, client=CLIENTS, digest=DIGESTS)
+    def begin(self, client: bytes, digest: bytes) -> Session:
+        session = self.table.begin(client, digest, self.wall)
+        self.digest[session], self.pinned_at[session] = digest, self.wall
+        return session
+
+    @rule(target=known, client=CLIENTS, digest=DIGESTS, age=st.sampled_from([0, 1, 50]), seen=st.integers(0, 1))
+    def present(self, client: bytes, digest: bytes, age: int, seen: int) -> Session:
+        pinned_at = self.wall - age
+        value = value_of(digest, client, pinned_at=pinned_at, seen_at=pinned_at + seen)
+        session = present(self.table, value, self.wall)
+        expected = self.verified.get(value) or self.active.get(client)
+        if expected is None:
+            assert session not in self.digest
+            self.digest[session], self.pinned_at[session] = digest, pinned_at
+        else:
+            assert session is expected
+            if value not in self.verified and pinned_at > self.pinned_at[session]:
+                self.digest[session], self.pinned_at[session] = digest, pinned_at
+        self.verified[value] = session
+        return session
+
+    @rule(session=known)
+    def touch(self, session: Session) -> None:
+        self.table.touch(session, self.now)
+        before = self.active.get(session.client_id)
+        if before is not None:
+            self.digest[session], self.pinned_at[session] = self.digest[before], self.pinned_at[before]
+        self.active[session.client_id] = session
+        self.since[session] = self.now
+
+    @rule(session=known, digest=DIGESTS)
+    def move(self, session: Session, digest: bytes) -> None:
+        self.table.move(session, digest, self.wall)
+        self.digest[session], self.pinned_at[session] = digest, self.wall
+
+    @rule(session=known)
+    def open(self, session: Session) -> None:
+        session.open += 1
+        self.touch(session)
+
+    @rule(session=known)
+    def close(self, session: Session) -> None:
+        if session.open:
+            session.open -= 1
+
+    @rule()
+    def expire(self) -> None:
+        self.table.expire(self.now)
+        for client, session in list(self.active.items()):
+            if self.since[session] + IDLE_S > self.now:
+                continue
+            if session.open:
+                self.since[session] = self.now
+            else:
+                del self.active[client]
+
+    @invariant()
+    def the_counts_are_those_of_the_model(self) -> None:
+        assert self.table.counts == Counter(self.digest[session] for session in self.active.values())
+        assert len(self.table) == len(self.active)
+        assert all(count > 0 for count in self.table.counts.values())
+
+    @invariant()
+    def each_session_is_where_the_model_says(self) -> None:
+        for session, digest in self.digest.items():
+            assert (session.digest, session.pinned_at) == (digest, self.pinned_at[session])
+
+    @invariant()
+    def an_active_open_session_has_not_ended(self) -> None:
+        for session in self.active.values():
+            assert self.table._active[session.client_id] is session
+
+    @invariant()
+    def the_longest_unused_is_first(self) -> None:
+        times = [session.active_at for session in self.table._active.values()]
+        assert times == sorted(times)
+
+
+Sessions.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestSessions = Sessions.TestCase
+
+
+def test_the_model_finds_a_table_that_forgets_to_count() -> None:
+    machine = Sessions()
+    machine.start()
+    session = machine.begin(CLIENT, HERE)
+    machine.touch(session)
+    machine.the_counts_are_those_of_the_model()
+    machine.table.counts[HERE] += 1
+    with pytest.raises(AssertionError):
+        machine.the_counts_are_those_of_the_model()

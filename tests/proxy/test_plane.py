@@ -1,0 +1,183 @@
+"""The plane: what is published, what is counted, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+import uvloop
+
+from stickyproxy.affinity.snapshot import Rules
+from stickyproxy.proxy import plane as plane_module
+from tests.helpers.raw import GET, RawUpstream, eventually, request
+
+if TYPE_CHECKING:
+    from tests.helpers.plane import PlaneUnderTest, Start
+
+HANDSHAKE = request("GET /", "Connection: Upgrade", "Upgrade: websocket")
+ACCEPT = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+async def test_the_loop_is_the_one_of_production(proxy: PlaneUnderTest) -> None:
+    assert isinstance(proxy.plane.loop, uvloop.Loop)
+
+
+async def test_an_upstream_that_moves_to_another_address_is_dialled_there(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    before = proxy.pool()
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    other = await RawUpstream("app-1").start()
+    proxy.upstreams = (other,)
+    proxy.all_upstreams = (*proxy.all_upstreams, other)
+    proxy.publish()
+    assert proxy.pool() is not before
+    assert before.is_closed
+    await app.read_rest()
+    client.send(request("GET /moved", f"Cookie: {cookie}"))
+    new = await other.accept()
+    assert (await new.read_request()).target == "/moved"
+    new.answer()
+    assert (await client.read_response()).cookie == ""
+    proxy.publish()
+    assert proxy.pool().idle, "the same address keeps its connections"
+
+
+async def test_an_exchange_outlives_the_removal_of_its_upstream(start: Start) -> None:
+    proxy = await start(2)
+    client = await proxy.client()
+    client.send(GET)
+    await eventually(lambda: any(one.links for one in proxy.upstreams))
+    first = next(one for one in proxy.upstreams if one.links)
+    app = await first.accept()
+    await app.read_request()
+    proxy.remove(first)
+    app.answer(b"still")
+    assert (await client.read_response()).body == b"still"
+    await app.read_rest()
+
+
+async def test_a_tunnel_outlives_the_removal_of_its_upstream(start: Start) -> None:
+    proxy = await start(2)
+    client = await proxy.client()
+    client.send(HANDSHAKE)
+    await eventually(lambda: any(one.links for one in proxy.upstreams))
+    first = next(one for one in proxy.upstreams if one.links)
+    app = await first.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_message()
+    proxy.remove(first)
+    client.send(b"still")
+    assert await app.read(5) == b"still"
+
+
+async def test_waiting_ends_with_a_change_or_with_time(proxy: PlaneUnderTest) -> None:
+    plane = proxy.plane
+    waiting = asyncio.gather(plane.wait_for_change(30), plane.wait_for_change(30), plane.wait_for_change(0.01))
+    await eventually(lambda: len(plane._changed) == 2)
+    for future in list(plane._changed)[:1]:
+        future.cancel()
+    proxy.publish()
+    await waiting
+    assert plane._changed == set()
+
+
+async def test_the_load_counts_sessions_strangers_and_those_just_placed(proxy: PlaneUnderTest) -> None:
+    plane, pool = proxy.plane, proxy.pool()
+    (upstream,) = plane.snapshot.upstreams
+    assert plane.load(upstream) == 0
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    assert plane.load(upstream) == 2
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    assert plane.load(upstream) == 1
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    assert plane.load(upstream) == 2
+    for before, after in (((1, 0), (0, 1)), ((0, 1), (0, 0))):
+        assert (pool.placed, pool.placed_before) == before
+        plane._next_window = plane.now
+        await eventually(lambda after=after: (pool.placed, pool.placed_before) == after)  # type: ignore[misc]
+
+
+async def test_ids_are_never_given_twice(proxy: PlaneUnderTest) -> None:
+    plane = proxy.plane
+    clients = {plane.new_client_id() for _ in range(1000)}
+    assert len(clients) == 1000
+    assert {len(one) for one in clients} == {10}
+    requests = {plane.new_request_id() for _ in range(1000)}
+    assert len(requests) == 1000
+    assert {len(one) for one in requests} == {24}
+
+
+async def test_the_ends_of_waiting_until_empty(proxy: PlaneUnderTest) -> None:
+    plane = proxy.plane
+    client, app = await proxy.open(HANDSHAKE)
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_message()
+    idle = await proxy.client()
+    busy = await proxy.client()
+    busy.send(GET)
+    other = await proxy.upstream.accept()
+    await other.read_request()
+    plane.stop()
+    waiting = asyncio.get_running_loop().create_task(plane.wait_until_empty())
+    await idle.read_rest()
+    other.answer(b"whole")
+    assert (await busy.read_response())["Connection"] == "close"
+    await eventually(lambda: not plane.downstreams)
+    assert not waiting.done()
+    client.reset()
+    app.close()
+    await waiting
+
+
+async def test_close_ends_all_at_once(start: Start) -> None:
+    proxy = await start(rules=Rules())
+    plane = proxy.plane
+    client, app = await proxy.open(HANDSHAKE)
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_message()
+    busy = await proxy.client()
+    busy.send(GET)
+    other = await proxy.upstream.accept()
+    await other.read_request()
+    kept = await proxy.client()
+    kept.send(GET)
+    third = await proxy.upstream.accept()
+    await third.read_request()
+    third.answer()
+    await kept.read_response()
+    plane.close()
+    for link in (client, app, busy, other, kept, third):
+        await link.read_rest()
+    await eventually(lambda: not plane.downstreams)
+    assert not plane.tunnels
+    assert {record.status for record in proxy.records} == {101, 499, 200}
+
+
+async def test_a_tick_renews_the_clocks_and_ends_idle_sessions(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane_module, "TICK_S", 0.01)
+    proxy = await start(idle_s=0.1)
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    now, wall = proxy.plane.now, proxy.plane.wall
+    await eventually(lambda: len(proxy.sessions) == 0)
+    assert proxy.plane.now > now
+    assert proxy.plane.wall > wall

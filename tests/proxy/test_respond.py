@@ -1,0 +1,100 @@
+"""The one place that turns an error into a response."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
+from stickyproxy.proxy.respond import write_error
+from stickyproxy.wire.head import HeadLimits, RequestHead, parse_request_head
+from tests.helpers.raw import Message, parse_message, request
+
+ID = b"0123456789abcdef01234567"
+
+
+def head(*fields: str, line: str = "GET /", version: str = "1.1") -> RequestHead:
+    data = request(line, *fields, version=version)
+    return parse_request_head(data, len(data), HeadLimits())
+
+
+def answer(
+    error: RequestError | ResponseError | UpstreamUnavailable, of: RequestHead | None, *, keep_alive: bool = True
+) -> Message:
+    data = write_error(error, of, ID, keep_alive=keep_alive)
+    start, _, body = data.partition(b"\r\n\r\n")
+    message = parse_message(start + b"\r\n\r\n")
+    message.body = body
+    assert message["X-Request-ID"] == ID.decode()
+    assert message["Cache-Control"] == "no-store"
+    return message
+
+
+def test_html_for_browsers() -> None:
+    message = answer(ResponseError("it <broke>"), head("Accept: text/html,application/json;q=0.9"))
+    assert message.start == "HTTP/1.1 502 Bad Gateway"
+    assert message["Content-Type"] == "text/html; charset=utf-8"
+    assert int(message["Content-Length"]) == len(message.body)
+    page = message.body.decode()
+    assert "It &lt;broke&gt;." in page
+    assert ID.decode() in page
+    assert "try again" not in page
+
+
+def test_a_hint_where_it_is_worth_to_try_again() -> None:
+    message = answer(UpstreamUnavailable("nobody", retry_after_s=7), head("Accept: text/html"))
+    assert message["Retry-After"] == "7"
+    assert b"try again" in message.body
+
+
+def test_json_for_programs() -> None:
+    message = answer(ResponseError("it broke", status=504), head("Accept: application/problem+json"))
+    assert message["Content-Type"] == "application/json; charset=utf-8"
+    assert json.loads(message.body) == {
+        "status": 504,
+        "error": "Gateway Timeout",
+        "reason": "it broke",
+        "request_id": ID.decode(),
+    }
+
+
+@pytest.mark.parametrize("fields", [(), ("Accept: */*",), ("Accept: image/png",)])
+def test_plain_text_for_all_others(fields: tuple[str, ...]) -> None:
+    message = answer(ResponseError("it broke"), head(*fields))
+    assert message.body == b"502 Bad Gateway: it broke\nrequest 0123456789abcdef01234567\n"
+    assert message["Content-Type"] == "text/plain; charset=utf-8"
+
+
+def test_proxy_status_names_the_error() -> None:
+    error = ResponseError("too long", proxy_status="http_response_header_section_size")
+    assert (
+        answer(error, None)["Proxy-Status"]
+        == 'stickyproxy; error=http_response_header_section_size; details="too long"'
+    )
+
+
+def test_a_head_gets_the_head_only() -> None:
+    message = answer(ResponseError("it broke"), head(line="HEAD /"))
+    assert message.body == b""
+    assert int(message["Content-Length"]) > 0
+
+
+def test_405_says_what_is_allowed() -> None:
+    assert "CONNECT" not in answer(RequestError("no", status=405), None)["Allow"]
+
+
+@pytest.mark.parametrize(
+    ("version", "keep_alive", "connection"),
+    [("1.1", True, []), ("1.1", False, ["close"]), ("1.0", True, ["keep-alive"]), ("1.0", False, ["close"])],
+)
+def test_connection_says_what_follows(version: str, *, keep_alive: bool, connection: list[str]) -> None:
+    message = answer(ResponseError("no"), head(version=version), keep_alive=keep_alive)
+    assert message.all("connection") == connection
+
+
+@pytest.mark.parametrize("status", [400, 408, 413, 414, 431, 501, 505])
+def test_every_status_has_its_phrase(status: int) -> None:
+    message = answer(RequestError("no", status=status), None, keep_alive=False)
+    assert message.status == status
+    assert message["Connection"] == "close"

@@ -1,0 +1,141 @@
+"""A connection to an upstream: response heads in any cut, and nothing taken for what it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stickyproxy.proxy.settings import Settings
+from stickyproxy.wire.head import HeadLimits
+from tests.helpers.raw import GET, RawUpstream, eventually, request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.helpers.plane import PlaneUnderTest, Start
+
+
+async def test_a_response_may_come_octet_by_octet(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    for octet in b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello":
+        app.send(bytes([octet]))
+        await asyncio.sleep(0)
+    assert (await client.read_message())["A"] == "b"
+    assert (await client.read_response()).body == b"hello"
+    assert len(proxy.pool().idle) == 1
+
+
+@pytest.mark.parametrize("start_line", [b"HTTP/1.1 2x0 OK", b"HTTP/2 200 OK", b"HTTP/1.1 200\tOK", b"HTTQ"])
+async def test_what_cannot_become_a_status_line_is_refused_at_once(proxy: PlaneUnderTest, start_line: bytes) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(start_line + (b"\r\n\r\n" if start_line != b"HTTQ" else b""))
+    assert (await client.read_response()).status == 502
+    assert await app.read_rest() == b""
+
+
+async def test_a_head_that_never_ends_is_refused(start: Start) -> None:
+    proxy = await start(settings=Settings(head=HeadLimits(head_bytes=2000)))
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\n")
+    for _ in range(300):
+        app.send(b"X: yyyy\r\n")
+    response = await client.read_response()
+    assert response.status == 502
+    assert "error=http_response_header_section_size" in response["Proxy-Status"]
+
+
+@pytest.mark.parametrize("extra", [b"x", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_bytes_after_a_response_reach_nobody(
+    proxy: PlaneUnderTest, answer: bytes, extra: bytes, *, is_late: bool
+) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    if is_late:
+        app.send(answer)
+        await client.read_response()
+        assert len(proxy.pool().idle) == 1
+        app.send(extra)
+    else:
+        app.send(answer + extra)
+        await client.read_response()
+    assert await app.read_rest() == b""
+    assert proxy.pool().idle == []
+    client.send(request("GET /next"))
+    other = await proxy.upstream.accept()
+    assert (await other.read_request()).target == "/next"
+    other.answer(b"good")
+    assert (await client.read_response()).body == b"good"
+
+
+async def test_an_idle_connection_that_ends_is_forgotten(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    (connection,) = proxy.pool().idle
+    assert repr(connection) == "<UpstreamConnection app-1 idle>"
+    app.close()
+    await eventually(lambda: not proxy.pool().idle)
+    assert connection.is_closing
+
+
+async def test_the_state_can_be_read(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    (connection,) = proxy.pool().idle
+    client.send(GET)
+    await app.read_request()
+    assert repr(connection) == "<UpstreamConnection app-1 reads head reused>"
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+    await client.read_until(b"o")
+    await client.read_until(b"\r\n\r\no")
+    assert repr(connection) == "<UpstreamConnection app-1 reads body reused>"
+    app.send(b"k")
+
+
+async def test_backpressure_of_an_upload_begins_and_ends(start: Start, tmp_path: Path) -> None:
+    upstream = RawUpstream("app-1")
+    upstream.reads_at_once = False
+    await upstream.start(path=str(tmp_path / "app.sock"))
+    proxy = await start([upstream], settings=Settings(buffer_bytes=5000))
+    client = await proxy.client()
+    client.send(request("POST /", "Content-Length: 30000000") + b"x" * 30_000_000)
+    app = await upstream.accept()
+    app.keeps = False
+    (downstream,) = proxy.plane.downstreams
+    await eventually(lambda: downstream.is_paused)
+    app.read_again()
+    await eventually(lambda: app.received_bytes > 30_000_000)
+    assert not downstream.is_paused
+    app.answer()
+    assert (await client.read_response()).status == 200
+
+
+async def test_an_upstream_that_ends_while_it_is_written_to_is_let_go(start: Start) -> None:
+    upstream = RawUpstream("app-1")
+    upstream.reads_at_once = False
+    await upstream.start()
+    proxy = await start([upstream])
+    client = await proxy.client()
+    client.send(request("POST /", "Content-Length: 60000000") + b"x" * 60_000_000)
+    app = await upstream.accept()
+    (downstream,) = proxy.plane.downstreams
+    await eventually(lambda: downstream.is_paused)
+    app.half_close()
+    assert (await client.read_response()).status == 502
