@@ -46,9 +46,7 @@ def facts_of(error: ExchangeError) -> tuple[str, str, int, str, str, int | None]
         ),
     ],
 )
-def test_an_error_carries_its_facts(
-    error: ExchangeError, facts: tuple[str, str, int, str, str, int | None]
-) -> None:
+def test_an_error_carries_its_facts(error: ExchangeError, facts: tuple[str, str, int, str, str, int | None]) -> None:
     assert facts_of(error) == facts
     assert str(error) == error.reason
 
@@ -57,5 +55,5 @@ def test_an_error_carries_its_facts(
 def test_everything_raised_on_purpose_is_of_one_family(kind: type[Exception]) -> None:
     assert issubclass(kind, StickyproxyError)
     assert issubclass(kind, ExchangeError) is (kind is not UsageError)
-    with pytest.raises(StickyproxyError, match="^reason$"):
+    with pytest.raises(StickyproxyError, match=r"^reason$"):
         raise kind("reason")

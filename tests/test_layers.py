@@ -13,7 +13,19 @@ PACKAGE: Final = ROOT / "stickyproxy"
 
 # What each layer may import of the package, besides itself, lowest first. Imports run one way:
 # errors < wire < affinity < config < observe < tasks < proxy < control < (demo) < cli.
-ORDER: Final = ("errors", "wire", "affinity", "config", "observe", "tasks", "proxy", "control", "demo", "cli", "__main__")
+ORDER: Final = (
+    "errors",
+    "wire",
+    "affinity",
+    "config",
+    "observe",
+    "tasks",
+    "proxy",
+    "control",
+    "demo",
+    "cli",
+    "__main__",
+)
 # An app to try the proxy with knows nothing of the proxy but how to start a task.
 NARROW: Final = {"demo": {"tasks"}}
 PURE: Final = ("wire", "affinity")
@@ -41,7 +53,7 @@ def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str
             base = [*parents[: len(parents) - node.level + 1], *filter(None, [node.module])] if node.level else []
             name = ".".join(base) or node.module or ""
             # `from package import name`: the name may be a module of it.
-            found |= {f"{name}.{alias.name}" if name in {"stickyproxy", *parents} else name for alias in node.names}
+            found |= {f"{name}.{alias.name}" if name == "stickyproxy" else name for alias in node.names}
     return found
 
 

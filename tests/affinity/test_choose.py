@@ -50,9 +50,7 @@ PINS = {
     "healthy": Pin(Upstream("pinned", health=Health.HEALTHY), NOT_TRIED, None),
     "unhealthy": Pin(Upstream("pinned", health=Health.UNHEALTHY), NOT_TRIED, None),
     "drained": Pin(Upstream("pinned", admin=AdminState.DRAIN), NOT_TRIED, None),
-    "drained and unhealthy": Pin(
-        Upstream("pinned", admin=AdminState.DRAIN, health=Health.UNHEALTHY), NOT_TRIED, None
-    ),
+    "drained and unhealthy": Pin(Upstream("pinned", admin=AdminState.DRAIN, health=Health.UNHEALTHY), NOT_TRIED, None),
     "another was tried": Pin(PINNED, frozenset({OTHER.digest}), None),
     "in maintenance": Pin(Upstream("pinned", admin=AdminState.MAINT), NOT_TRIED, BreakReason.MAINT),
     "refused": Pin(Upstream("pinned", is_refused=True), NOT_TRIED, BreakReason.REFUSED),
@@ -84,9 +82,7 @@ def test_a_pin_that_holds_and_one_that_breaks(
 ) -> None:
     upstream, tried, broken = PINS[pin]
     upstreams = (THIRD,) if upstream is None else (upstream, THIRD)
-    choice = ask(
-        Question(SESSION, tried=tried, has_waited=has_waited), *upstreams, on_unavailable=on_unavailable
-    )
+    choice = ask(Question(SESSION, tried=tried, has_waited=has_waited), *upstreams, on_unavailable=on_unavailable)
     # One that is gone from the configuration will not come back: waiting for it or refusing would be for ever.
     outcome = Outcome.REDISPATCHED if upstream is None else MODES[on_unavailable, has_waited]
     if broken is None:

@@ -70,7 +70,9 @@ def follow(events: list[HealthEvent], thresholds: Thresholds = THRESHOLDS) -> li
         pytest.param([FAILED] * 4, [UNKNOWN, UNKNOWN, UNHEALTHY, UNHEALTHY], id="falls after three"),
         pytest.param([PASSED] + [FAILED] * 3, [HEALTHY] * 3 + [UNHEALTHY], id="falls from healthy after three"),
         pytest.param([PASSED, FAILED, FAILED, PASSED, FAILED, FAILED], [HEALTHY] * 6, id="failures must be in a row"),
-        pytest.param([FAILED] * 3 + [PASSED] * 2, [UNKNOWN, UNKNOWN, UNHEALTHY, UNHEALTHY, HEALTHY], id="rises after 2"),
+        pytest.param(
+            [FAILED] * 3 + [PASSED] * 2, [UNKNOWN, UNKNOWN, UNHEALTHY, UNHEALTHY, HEALTHY], id="rises after 2"
+        ),
         pytest.param(
             [FAILED] * 3 + [PASSED, FAILED, PASSED, PASSED],
             [UNKNOWN, UNKNOWN, *[UNHEALTHY] * 4, HEALTHY],

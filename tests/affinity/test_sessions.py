@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -13,9 +12,6 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from stickyproxy.affinity import sessions as sessions_module
 from stickyproxy.affinity.sessions import Session, SessionTable
 from stickyproxy.affinity.token import Lifetimes, Token, TokenCodec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CODEC = TokenCodec([b"secret"])
 IDLE_S = 60.0
@@ -105,7 +101,7 @@ def test_one_open_session_is_looked_at_once() -> None:
     session.open = 1
     table.touch(session, 0.0)
     moved: list[bytes] = []
-    table._active.move_to_end = lambda key, last=True: moved.append(key)  # type: ignore[method-assign]  # noqa: ARG005, FBT002
+    table._active.move_to_end = lambda key, last=True: moved.append(key)  # type: ignore[method-assign]  # noqa: ARG005
     table.expire(IDLE_S - 1)
     assert moved == []
     table.expire(IDLE_S)
@@ -158,7 +154,7 @@ def test_two_tokens_of_one_client_are_one_session() -> None:
 
 
 @pytest.fixture
-def three_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[SessionTable]:
+def three_verified(monkeypatch: pytest.MonkeyPatch) -> SessionTable:
     monkeypatch.setattr(sessions_module, "_MAX_VERIFIED", 3)
     return table_of()
 

@@ -114,7 +114,9 @@ def test_nothing_can_be_read_from_a_token() -> None:
     value = CODEC.write(TOKEN)
     assert b"app" not in value
     assert b"127.0.0.1" not in value
-    others = {CODEC.write(Token(upstream_digest(f"http://127.0.0.1:{port}"), *list_of(TOKEN)[1:])) for port in range(99)}
+    others = {
+        CODEC.write(Token(upstream_digest(f"http://127.0.0.1:{port}"), *list_of(TOKEN)[1:])) for port in range(99)
+    }
     assert {len(other) for other in others} == {len(value)}
     assert len(others) == 99
 

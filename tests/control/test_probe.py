@@ -348,7 +348,7 @@ async def test_without_probes_only_refused_upstreams_are_tried(bench: Bench, fre
     await until(lambda: not bench.is_refused("app-2"))  # some rounds later
     assert app.connections <= tried + 1
     assert app.heads == []
-    assert other.connections >= 1
+    await until(lambda: other.connections >= 1)  # accepted, if later than the probe was content
 
 
 # Each for itself

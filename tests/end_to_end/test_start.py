@@ -189,16 +189,14 @@ def test_a_port_that_is_wanted_twice_is_refused(children: Children, addresses: S
     assert can_bind(port)
 
 
-def test_an_address_that_somebody_has_bound_and_not_yet_listens_on(children: Children) -> None:
-    """Two proxies that start at the same moment: the second must not believe that it serves."""
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
-        proxy = Serving(children, {"upstreams": ["http://127.0.0.1:9"], "listeners": [f"127.0.0.1:{port}"]})
-        wait_until(lambda: "serving" in proxy.log or not proxy.child.is_running(), "it serves or has ended")
-        with pytest.raises(OSError, match="in use"):
-            other.listen()
+def test_of_two_that_start_at_once_on_one_address_one_serves(children: Children) -> None:
+    configuration = {"upstreams": ["http://127.0.0.1:9"], "listeners": [f"127.0.0.1:{free_port()}"], "admin": False}
+    proxies = [Serving(children, configuration, name=name) for name in ("one", "other")]
+    wait_until(lambda: any(not proxy.child.is_running() for proxy in proxies), "one of them has ended")
+    loser, winner = sorted(proxies, key=lambda proxy: proxy.child.is_running())
+    assert "the address is in use" in refuses_to_start(loser)
+    winner.wait_until_serving()
+    assert winner.child.is_running()
 
 
 async def test_it_listens_on_a_unix_socket_and_removes_it_in_the_end(children: Children) -> None:

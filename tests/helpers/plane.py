@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from stickyproxy.affinity.sessions import Session
+    from stickyproxy.observe.counters import UpstreamCounters
     from stickyproxy.observe.record import Record
     from stickyproxy.proxy.pool import Pool
 
@@ -170,8 +171,11 @@ class PlaneUnderTest:
     @property
     def exchanges(self) -> int:
         """Return how many exchanges were counted in all."""
-        counters = [self.plane.counters.none, *(pool.counters for pool in self.pools_seen)]
-        return sum(sum(one.exchanges) for one in counters)
+        return sum(sum(one.exchanges) for one in (self.plane.counters.none, *self._counters))
+
+    @property
+    def _counters(self) -> set[UpstreamCounters]:
+        return {pool.counters for pool in self.pools_seen}
 
     async def recorded(self, count: int = 1) -> Record:
         """Wait until so many exchanges and tunnels were recorded, and return the last."""
@@ -203,8 +207,8 @@ class PlaneUnderTest:
         tunnels = [record for record in self.records if record.kind == "tunnel"]
         assert len({(record.kind, record.request_id) for record in self.records}) == len(self.records)
         assert len(exchanges) + len(tunnels) == self.exchanges
-        assert sum(pool.counters.tunnels for pool in self.pools_seen) == len(tunnels)
-        assert sum(sum(pool.counters.closes.values()) for pool in self.pools_seen) == len(tunnels)
+        assert sum(one.tunnels for one in self._counters) == len(tunnels)
+        assert sum(sum(one.closes.values()) for one in self._counters) == len(tunnels)
         active = list(self.sessions._active.values())
         for digest in {one.digest for one in active} | self.sessions.counts.keys():
             assert self.sessions.counts[digest] == sum(one.digest == digest for one in active)

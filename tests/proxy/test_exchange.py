@@ -723,11 +723,11 @@ async def test_a_slow_reader_stops_the_upstream(proxy: PlaneUnderTest) -> None:
     client.keeps = False
     client.read_again()
     while sent < size:
-        app.send(b"x" * 1_000_000)
+        app.send(b"x" * min(1_000_000, size - sent))
         sent += 1_000_000
         await eventually(lambda: not app.is_write_paused)
-    app.send(b"x" * (size - sent))
     await eventually(lambda: client.received_bytes > size)
+    assert (await proxy.recorded()).sent_bytes == size
 
 
 @pytest.mark.parametrize("kind", ["length", "chunked"])

@@ -409,7 +409,7 @@ async def test_shut_of_a_tunnel_whose_client_has_half_closed(start: Start) -> No
     assert await app.read_rest() == b""
     the_tunnel(proxy).shut()
     assert close_of(await client.read_rest()) == (1001, False)
-    assert await ended(proxy) == ("client", 1001, "eof")
+    assert await ended(proxy) == ("client", 1006, "eof")
 
 
 async def test_shut_of_a_tunnel_whose_upstream_has_ended(start: Start) -> None:
@@ -462,7 +462,7 @@ async def test_a_half_closed_tunnel_that_is_idle_is_closed(start: Start) -> None
     client.half_close()
     assert await app.read_rest() == b""
     assert close_of(await client.read_rest())[0] == 1001
-    assert await ended(proxy) == ("client", 1001, "eof")
+    assert await ended(proxy) == ("client", 1006, "eof")
 
 
 async def test_what_a_side_does_not_take_in_the_end_is_given_up(

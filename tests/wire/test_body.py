@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from stickyproxy.wire.body import (
     BodyError,
@@ -50,7 +52,7 @@ def read(reader: BodyReader, pieces: list[bytes]) -> Facts:
 
 def cut(data: bytes, positions: list[int]) -> list[bytes]:
     bounds = [0, *sorted(min(position, len(data)) for position in positions), len(data)]
-    return [data[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [data[start:stop] for start, stop in pairwise(bounds)]
 
 
 def read_whole(data: bytes) -> Facts:
@@ -222,7 +224,9 @@ def test_any_cut_of_a_chunked_body_gives_the_same(parts: list[bytes], positions:
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(0, 30), max_size=6), st.data())
 def test_tight_limits_are_the_same_at_any_cut(positions: list[int], data: st.DataObject) -> None:
-    body = data.draw(st.sampled_from([b"1;ab\r\nx\r\n0\r\nA: b\r\n\r\n", b"00000000001 \t\r\nx\r\n0\r\nAb: cd\r\n\r\n"]))
+    body = data.draw(
+        st.sampled_from([b"1;ab\r\nx\r\n0\r\nA: b\r\n\r\n", b"00000000001 \t\r\nx\r\n0\r\nAb: cd\r\n\r\n"])
+    )
     extensions, trailers = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 10))
     whole = read(ChunkedReader(extensions, trailers), [body])
     assert read(ChunkedReader(extensions, trailers), cut(body, positions)) == whole
@@ -254,6 +258,7 @@ def test_a_wrong_reader_would_be_found_by_the_cuts() -> None:
     class Forgetful(ChunkedReader):
         __slots__ = ()
 
+        @override
         def feed(self, data: bytes) -> bytes:
             self._held = b""
             return super().feed(data)

@@ -108,7 +108,9 @@ def test_a_scheme_that_is_none_is_replaced(bad: str) -> None:
         pytest.param(TRUSTED, {"X-Real-IP": "1.2.3.4"}, None, id="a trusted proxy says something else"),
         pytest.param(PLAIN, {"X-Request-ID": "id-1"}, None, id="a stranger is not believed"),
         pytest.param(TRUSTED, {"X-Request-ID": "id-1"}, b"id-1", id="a trusted proxy gives one"),
-        pytest.param(TRUSTED, {"X-Request-ID": "Root=1-67-ab/a:b+c._=-"}, b"Root=1-67-ab/a:b+c._=-", id="any usual one"),
+        pytest.param(
+            TRUSTED, {"X-Request-ID": "Root=1-67-ab/a:b+c._=-"}, b"Root=1-67-ab/a:b+c._=-", id="any usual one"
+        ),
         pytest.param(TRUSTED, {"X-Request-ID": "x" * 128}, b"x" * 128, id="a long one"),
         pytest.param(TRUSTED, {"X-Request-ID": "x" * 129}, None, id="too long a one"),
         pytest.param(TRUSTED, {"X-Request-ID": ""}, None, id="an empty one"),

@@ -44,13 +44,12 @@ def read_frame(data: bytes, *, mask: bool) -> Frame:
     reader.feed_data(data)
     reader.feed_eof()
     parsing = Frame.parse(reader.read_exact, mask=mask)
-    try:
+    with pytest.raises(StopIteration) as stop:
         next(parsing)
-    except StopIteration as stop:
-        assert not reader.buffer
-        assert isinstance(stop.value, Frame)
-        return stop.value
-    raise AssertionError("the frame is not whole")
+    assert not reader.buffer
+    frame = stop.value.value
+    assert isinstance(frame, Frame)
+    return frame
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["unmasked", "masked"])
