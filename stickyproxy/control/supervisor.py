@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import signal
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -57,7 +58,7 @@ class Supervisor:
             bound = _bind_all([one.address for one in config.listeners], stack, unserved)
             admin_bound = _bind_all([config.admin.address], stack, unserved)[0] if config.admin is not None else None
             self.addresses = [_real_address(address, link) for address, link in bound]
-            secrets = config.affinity.secrets or (load_or_make_secret(state_directory(config.state_directory)),)
+            signing = _find_secrets(config)
             access_log = AccessLog(config.access_log) if config.access_log is not None else None
             if access_log is not None:
                 access_log.start()
@@ -68,7 +69,7 @@ class Supervisor:
             def report(upstream_id: str, event: HealthEvent) -> None:
                 routing.report(upstream_id, event)
 
-            worker = Worker(config, secrets, report=report, log=access_log.write if access_log is not None else None)
+            worker = Worker(config, signing, report=report, log=access_log.write if access_log is not None else None)
             stack.push_async_callback(worker.close)
             routing = Routing(config, worker.plane.publish)
             prober = Prober(config.health, routing)
@@ -104,6 +105,15 @@ class Supervisor:
         await asyncio.wait((draining, at_once), return_when=asyncio.FIRST_COMPLETED)
         for task in (draining, at_once):
             task.cancel()
+
+
+def _find_secrets(config: Config) -> tuple[bytes, ...]:
+    """Return what signs the tokens: as the file says, else one that is kept; none is needed without a cookie."""
+    if config.affinity.secrets:
+        return config.affinity.secrets
+    if config.affinity.cookie is None:
+        return (secrets.token_bytes(32),)
+    return (load_or_make_secret(state_directory(config.state_directory)),)
 
 
 def _bind_all(

@@ -222,7 +222,7 @@ class Downstream(asyncio.Protocol):
         """Close in an orderly way: a client still sending must be able to read the answer (RFC 9112, section 9.6)."""
         self._is_lingering = True
         self._held = None
-        self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
+        self._await_end()
         if self._eof or self.transport.is_closing():
             self.transport.close()
             return
@@ -235,11 +235,9 @@ class Downstream(asyncio.Protocol):
         self.deadline = math.inf
         if self.exchange is not None:
             self.exchange.on_timeout()
-        elif self._is_lingering:
-            self.transport.abort()
-        elif self.transport.is_closing():
+        elif self._is_lingering or self.transport.is_closing():
             if self.transport.get_write_buffer_size() < self._unsent_bytes:
-                self._close()  # slow, but the client takes it
+                self._await_end()  # slow, but the client takes it
             else:
                 self.transport.abort()
         elif self._held and not self.is_blocked:
@@ -249,9 +247,13 @@ class Downstream(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close once all is sent; a client that takes nothing of it for as long as a body may stand still is cut."""
-        self._unsent_bytes = self.transport.get_write_buffer_size()
-        self.deadline = self.plane.now + self.plane.settings.timeouts.body_idle_s
+        self._await_end()
         self.transport.close()
+
+    def _await_end(self) -> None:
+        timeouts = self.plane.settings.timeouts
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self.deadline = self.plane.now + (timeouts.linger_s if self._is_lingering else timeouts.body_idle_s)
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""
@@ -302,7 +304,7 @@ class Downstream(asyncio.Protocol):
         """
         self.exchange = None
         self._is_lingering = True
-        self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
+        self._await_end()
         link = self.transport.get_extra_info("socket")
         if link is not None and link.family != socket.AF_UNIX and not self.transport.is_closing():
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -46,6 +46,7 @@ _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b
 _CLIENT_GONE: Final = 499  # nginx's number for a client that went away before its answer
 _MAX_INTERIM: Final = 32  # interim responses to one request; nobody needs more than two
 _SWITCHING: Final = 101
+_LOOK_AGAIN_S: Final = 0.5  # for an upstream that nobody reports as back, since nobody reported it as gone
 _WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
@@ -67,6 +68,7 @@ class Exchange:
         "_sent_at",
         "_started_at",
         "_status",
+        "_wait_until",
         "downstream",
         "head",
         "is_reading_request",
@@ -93,6 +95,7 @@ class Exchange:
         self._status = 0
         self._error = ""
         self._is_over = False
+        self._wait_until = 0.0
 
     # The path
 
@@ -275,6 +278,8 @@ class Exchange:
             tunnel.client.data_received(early)
         if downstream.has_eof:
             tunnel.client.eof_received()
+        if self.plane.is_stopping:
+            tunnel.shut()
 
     def on_response_body(self, data: bytes) -> None:
         """Pass on what came of the body."""
@@ -368,11 +373,15 @@ class Exchange:
     async def _wait(self) -> None:
         """Hold the request until its upstream is back, as long as the rules say, then look for another."""
         plane, place = self.plane, self._place
-        until = plane.loop.time() + plane.snapshot.rules.wait_s
-        while not (self._is_over or place.is_back()) and (left_s := until - plane.loop.time()) > 0:
-            await plane.wait_for_change(left_s)
+        now = plane.loop.time
+        until = self._wait_until = self._wait_until or now() + plane.snapshot.rules.wait_s
+        while not self._is_over and (left_s := until - now()) > 0:
+            await plane.wait_for_change(min(left_s, _LOOK_AGAIN_S))
+            if place.is_back():
+                place.start_over()
+                break
         if not self._is_over:
-            self._choose_and_attempt(has_waited=not place.is_back())
+            self._choose_and_attempt(has_waited=now() >= until)
 
     async def _dial(self, pool: Pool) -> None:
         """Open a connection and go on; where there is none to be had, break the pin and choose again."""

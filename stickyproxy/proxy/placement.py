@@ -108,6 +108,10 @@ class Placement:
         """Say whether the upstream that the exchange waits for can be used again."""
         return self.session is not None and self.session.digest in self._plane.snapshot.pinnable
 
+    def start_over(self) -> None:
+        """Forget what was tried in vain: the upstream that the exchange waited for is back."""
+        self._tried = frozenset()
+
     def give_up(self, pool: Pool) -> None:
         """Note that an upstream was tried in vain; the next choice will be another."""
         self._tried |= {pool.digest}

@@ -23,6 +23,7 @@ from stickyproxy.observe.access_log import AccessLog
 from stickyproxy.proxy.listener import bind
 from tests.helpers.plain_client import AbortedError, Answer, PlainClient, ask
 from tests.helpers.processes import free_port
+from tests.helpers.serving import can_listen
 
 DEADLINE_S = 60.0
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -99,15 +100,6 @@ async def read_admin(address: Address, path: str) -> Answer:
     return await ask(address.path or address.port, path)
 
 
-def can_bind(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 def names_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
@@ -130,8 +122,8 @@ async def test_it_serves_and_says_where(upstream: Upstream, caplog: pytest.LogCa
         for address in (first, second):
             assert (await ask(address.port, "/")).body == b"ok"
         assert f"serving 1 upstreams on {first}, {second}" in caplog.messages
-    assert can_bind(first.port)
-    assert can_bind(second.port)
+    assert can_listen(first.port)
+    assert can_listen(second.port)
 
 
 async def test_on_ready_is_called_with_the_real_addresses(upstream: Upstream) -> None:
@@ -228,7 +220,7 @@ async def test_it_binds_all_or_nothing(tmp_path: Path, taken: int, which: str) -
     assert (
         await fail_to_start(config) == f"cannot listen on {address}: the address is in use; is another proxy running?"
     )
-    assert can_bind(port)
+    assert can_listen(port)
     assert not path.exists()
 
 
@@ -254,7 +246,7 @@ async def test_a_listener_may_not_be_the_admin_listener_too() -> None:
     port = free_port()
     config = configure(listeners=[f"127.0.0.1:{port}"], admin={"address": f"127.0.0.1:{port}"})
     assert "the address is in use" in await fail_to_start(config)
-    assert can_bind(port)
+    assert can_listen(port)
 
 
 @pytest.mark.parametrize("failing", ["secret", "access log", "admin", "listen"])
@@ -278,7 +270,7 @@ async def test_whatever_fails_leaves_nothing_behind(
     if failing == "listen":
         monkeypatch.setattr(Worker, "listen", fail)
     assert await fail_to_start(configure(**sections))
-    assert can_bind(port)
+    assert can_listen(port)
     assert names_in(tmp_path) <= {"secret"}
     left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert [name for name in left if name.startswith(("probe", "look", "drain"))] == []

@@ -180,7 +180,6 @@ async def test_what_does_not_end_within_the_grace_is_cut(children: Children, app
     assert "the grace period is over: 0 tunnels and 1 connections are cut" in proxy.log
 
 
-@pytest.mark.xfail(reason="a tunnel whose 101 comes while the proxy stops is told nothing, and is cut in the end")
 async def test_a_tunnel_that_opens_while_the_proxy_stops_is_closed_too(children: Children, apps: CountingApps) -> None:
     proxy = serve(children, apps, grace="1h")
     opening = asyncio.get_running_loop().create_task(open_tunnel(proxy, "/hold-ws/gate"))

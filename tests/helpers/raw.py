@@ -164,7 +164,8 @@ class RawLink(asyncio.Protocol):
     def reset(self) -> None:
         """Close with a reset."""
         link = self.transport.get_extra_info("socket")
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if link is not None:  # else it is closed already
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def stop_reading(self) -> None:

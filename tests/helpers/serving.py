@@ -1,5 +1,6 @@
 """A `stickyproxy serve` of one's own, with any configuration and options: for tests of how it starts and stops."""
 
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,18 @@ import yaml
 from tests.helpers.processes import Child, Children, free_port, http_status, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def can_listen(port: int) -> bool:
+    """Say whether nobody listens on a port of 127.0.0.1; connections that linger in TIME_WAIT do not count."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
 
 
 class Serving:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.snapshot import AdminState, Rules
+from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
 from tests.helpers.plane import PlaneUnderTest
 from tests.helpers.raw import GET, RawUpstream, eventually, request
@@ -17,6 +19,7 @@ from tests.helpers.raw import GET, RawUpstream, eventually, request
 if TYPE_CHECKING:
     from pathlib import Path as PathType
 
+    from stickyproxy.proxy.upstream import UpstreamConnection
     from tests.helpers.plane import Start
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -882,6 +885,139 @@ def resident_bytes() -> int:
     """Return the memory that this process takes now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+# Where it goes
+
+
+async def test_a_pinned_client_that_comes_back_is_a_hit(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer()
+    assert (await client.read_response()).cookie == ""
+    assert proxy.plane.counters.hits == 1
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+async def test_a_request_may_wait_for_its_upstream(start: Start, *, is_back: bool) -> None:
+    proxy = await start(2, rules=Rules(on_unavailable="wait", wait_s=30 if is_back else 0.1))
+    client = await proxy.client()
+    client.send(GET)
+    await eventually(lambda: any(one.links for one in proxy.upstreams))
+    first, second = sorted(proxy.upstreams, key=lambda one: not one.links)
+    app = await first.accept()
+    await app.read_request()
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    proxy.set_admin(first, AdminState.MAINT)
+    client.send(request("POST /held", f"Cookie: {cookie}", body=b"held"))
+    if is_back:
+        await eventually(lambda: proxy.plane._changed)
+        proxy.set_admin(first, AdminState.READY)
+    other = app if is_back else await second.accept()
+    assert (await other.read_request()).body == b"held"
+    other.answer()
+    assert bool((await client.read_response()).cookie) != is_back
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(TimeoutError(), "timeout"), (OSError(113, "No route to host"), "error")]
+)
+async def test_an_upstream_that_cannot_be_dialled(
+    proxy: PlaneUnderTest, monkeypatch: pytest.MonkeyPatch, error: OSError, outcome: str
+) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"", "Connection: close")
+    cookie = (await client.read_response()).cookie
+
+    async def dial(_: Pool) -> UpstreamConnection:
+        raise error
+
+    monkeypatch.setattr(Pool, "dial", dial)
+    client.send(GET)
+    assert (await client.read_response()).status == 503, "a new client finds nobody"
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    assert (await client.read_response()).status == (504 if outcome == "timeout" else 503)
+    assert proxy.pool().counters.attempts[outcome] == 2
+    assert proxy.reports == []
+
+
+async def test_a_client_that_leaves_before_the_dial_fails_is_counted_once(
+    proxy: PlaneUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = asyncio.Event()
+
+    async def dial(_: Pool) -> UpstreamConnection:
+        await gone.wait()
+        raise OSError(113, "No route to host")
+
+    monkeypatch.setattr(Pool, "dial", dial)
+    client = await proxy.client()
+    client.send(GET)
+    await eventually(lambda: any(one.exchange for one in proxy.plane.downstreams))
+    client.reset()
+    assert (await proxy.recorded()).status == 499
+    gone.set()
+    await eventually(lambda: proxy.pool().counters.attempts["error"])
+
+
+async def test_a_connection_dialled_for_a_client_that_has_left_is_kept(
+    proxy: PlaneUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, real = asyncio.Event(), Pool.dial
+
+    async def dial(pool: Pool) -> UpstreamConnection:
+        await gone.wait()
+        return await real(pool)
+
+    monkeypatch.setattr(Pool, "dial", dial)
+    client = await proxy.client()
+    client.send(GET)
+    await eventually(lambda: any(one.exchange for one in proxy.plane.downstreams))
+    client.reset()
+    await proxy.recorded()
+    gone.set()
+    await eventually(lambda: proxy.pool().idle)
+    other = await proxy.client()
+    other.send(request("GET /other"))
+    app = await proxy.upstream.accept()
+    assert (await app.read_request()).target == "/other"
+    app.answer()
+    assert (await other.read_response()).status == 200
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_a_tunnel_begins_with_its_101(proxy: PlaneUnderTest, *, is_early: bool) -> None:
+    client = await proxy.client()
+    client.send(request("GET /", "Connection: Upgrade", "Upgrade: websocket") + (b"to you" if is_early else b""))
+    app = await proxy.upstream.accept()
+    asked = await app.read_request()
+    assert asked["Upgrade"] == "websocket"
+    if is_early:
+        client.half_close()
+        (downstream,) = proxy.plane.downstreams
+        await eventually(lambda: downstream.has_eof)
+    accept = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    app.send(accept + (b"to me" if is_early else b""))
+    assert (await client.read_message()).status == 101
+    if is_early:
+        assert await client.read(5) == b"to me"
+        assert await app.read_rest() == b"to you"
+    counters = proxy.pool().counters
+    assert (counters.in_flight, counters.tunnels_open, sum(counters.duration.counts)) == (0, 1, 0)
+    assert counters.attempts == {"ok": 1}
+
+
+async def test_a_101_that_was_not_asked_for_is_502(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert (await client.read_response()).status == 502
 
 
 # The end of the plane
