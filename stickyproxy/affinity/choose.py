@@ -87,6 +87,8 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     candidates = _untried(snapshot, question)
     if not candidates:
         return NO_CHOICE
+    if pinned in candidates:  # none is better off: the pin holds until one is
+        return Choice(pinned, Outcome.HIT)
     return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
 
 

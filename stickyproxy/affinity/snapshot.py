@@ -81,7 +81,7 @@ class Rules:
 
 
 class Snapshot:
-    """The routing state of one cluster; equal input gives an equal snapshot, and nothing in it ever changes.
+    """The routing state of one cluster; nothing in it ever changes.
 
     `pinnable` are the upstreams that keep their clients, by digest; `candidates` those for new clients. When none
     accepts any (all unhealthy, all refused), those that the operator wants are used all the same and `is_guarded` is

@@ -155,17 +155,17 @@ class Exchange:
         head = self.head
         outgoing = head.outgoing
         if outgoing is None:
-            outgoing = head.outgoing = self._write_outgoing(connection)
+            outgoing = head.outgoing = self._write_outgoing()
+        if not head.host and head.is_http_10:
+            outgoing += b"Host: " + connection.pool.authority + b"\r\n"
         if head.length == 0 and head.method in _WITH_CONTENT:  # RFC 9110, section 8.6: say that there is none
             outgoing += b"Content-Length: 0\r\n"
         return b"%b %b HTTP/1.1\r\n%bX-Request-ID: %b\r\n\r\n" % (head.method, head.target, outgoing, self.request_id)
 
-    def _write_outgoing(self, connection: UpstreamConnection) -> bytes:
-        """Return what the upstream gets between the request line and the request's id."""
+    def _write_outgoing(self) -> bytes:
+        """Return what every upstream gets between the request line and the request's id."""
         head = self.head
         parts = [*head.section, self.downstream.forwarded.write(head)]
-        if head.is_http_10 and not head.host:
-            parts.append(b"Host: " + connection.pool.authority + b"\r\n")
         if head.length == CHUNKED:
             parts.append(b"Transfer-Encoding: chunked\r\n")
         elif head.length:

@@ -55,10 +55,15 @@ class ForwardedWriter:
     def is_https(self, head: RequestHead) -> bool:
         """Say whether the client's own link is https: the listener's, or what a trusted proxy says of its own."""
         if self.origin.is_trusted and head.forwarded is not None:
-            proto = head.forwarded.get(b"x-forwarded-proto")
-            if proto is not None:
-                return proto.rpartition(b",")[2].strip(b" \t").lower() in {b"https", b"wss"}
+            return self._proto(head.forwarded).lower() in {b"https", b"wss"}
         return self.origin.is_https
+
+    def _proto(self, said: dict[bytes, bytes]) -> bytes:
+        """Return the scheme that the nearest trusted proxy names, the last in a list, or that of the listener."""
+        proto = said.get(b"x-forwarded-proto", b"").rpartition(b",")[2].strip(b" \t")
+        if _PROTO.fullmatch(proto) is not None:
+            return proto
+        return b"https" if self.origin.is_https else b"http"
 
     def request_id(self, head: RequestHead) -> bytes | None:
         """Return the X-Request-ID that a trusted proxy gave the request, if it did."""
@@ -81,12 +86,9 @@ class ForwardedWriter:
         origin = self.origin
         address = origin.address.encode("ascii")
         before = said.get(b"x-forwarded-for")
-        proto = said.get(b"x-forwarded-proto", b"")
-        if _PROTO.fullmatch(proto) is None:
-            proto = b"https" if origin.is_https else b"http"
         lines = [
             b"X-Forwarded-For: " + (before + b", " + address if before else address),
-            b"X-Forwarded-Proto: " + proto,
+            b"X-Forwarded-Proto: " + self._proto(said),
             b"X-Forwarded-Host: " + said.get(b"x-forwarded-host", head.host),
         ]
         port = said.get(b"x-forwarded-port", origin.port.encode("ascii"))

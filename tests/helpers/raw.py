@@ -13,7 +13,7 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEADLINE_S = 4.0
+DEADLINE_S = 30.0
 _LOOK_S = 0.002
 
 

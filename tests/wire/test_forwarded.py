@@ -94,11 +94,17 @@ def test_what_a_trusted_proxy_leaves_out_is_filled_in() -> None:
     }
 
 
-@pytest.mark.parametrize("bad", ["gopher", "https, http", "", 'https"'])
+@pytest.mark.parametrize("bad", ["gopher", "https, gopher", "", 'https"'])
 def test_a_scheme_that_is_none_is_replaced(bad: str) -> None:
     https = ConnectionOrigin("10.0.0.1", "", is_https=True, is_trusted=True)
     assert told(https, parse({"X-Forwarded-Proto": bad}))["X-Forwarded-Proto"] == "https"
     assert told(TRUSTED, parse({"X-Forwarded-Proto": bad}))["X-Forwarded-Proto"] == "http"
+
+
+def test_the_last_of_several_schemes_counts_for_the_application_and_for_the_cookie() -> None:
+    head = parse({"X-Forwarded-Proto": "http, https"})
+    assert told(TRUSTED, head)["X-Forwarded-Proto"] == "https"
+    assert ForwardedWriter(TRUSTED).is_https(head)
 
 
 @pytest.mark.parametrize(
