@@ -6,10 +6,11 @@ Bytes are written as text in double quotes, one character for each octet (latin-
     "text"                          as it is
     {repeat: "text", times: N}      the same many times over
     {await: "text"}                 go on once the other end of the conversation has received this
-    {await_upstream: "text"}        go on once an upstream has received this (requests only)
+    {await_upstream: "text"}        go on once an upstream has received this
     end                             an end of file: nothing more is sent, the answer is still read
 
-`<TOKEN>` stands for the value of an affinity cookie that the proxy itself has given.
+`<TOKEN>` stands for the value of an affinity cookie that the proxy itself has given, `<AFFINITY>` among the fields of
+a response for such a cookie that it sets.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class RequestCase:
     `why` is the RFC section or the class of CVEs, and the reason where the RFC leaves a choice. `status` are those of
     all final responses. `incomplete` says that the bytes are no whole request, so that what is sent after them belongs
     to it. `head` are the positions of the responses that answer a HEAD. `tunnel` is sent after 101, and comes back.
-    `whole_only` says that the case must not be cut, because its timing is what it shows.
+    `whole_only` says that the case must not be cut, because its timing is what it shows; `closes_silently` that the
+    last response does not announce the end, which the client knows of already.
     """
 
     name: str
@@ -81,6 +83,7 @@ class RequestCase:
     tunnel: bytes = b""
     trusted: bool = False
     sets_cookie: bool | None = None
+    closes_silently: bool = False
     whole_only: bool = False
     theme: str = ""
 

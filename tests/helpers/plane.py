@@ -223,7 +223,7 @@ class PlaneUnderTest:
 
 
 @asynccontextmanager
-async def start_plane(  # noqa: PLR0913 -- what a test may want different
+async def start_plane(
     upstreams: int | Sequence[RawUpstream] = 1,
     *,
     settings: Settings | None = None,

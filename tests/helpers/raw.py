@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 from dataclasses import dataclass
@@ -14,17 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEADLINE_S = 30.0
-_LOOK_S = 0.002
 
 
-async def eventually(is_so: Callable[[], object], what: str = "") -> None:
-    """Wait until a condition holds; fail after 30 s. `what` names it, where the source line says too little."""
+async def eventually(is_so: Callable[[], object], what: str = "", *, look_s: float = 0.002) -> None:
+    """Wait until a condition holds; fail after 30 s.
+
+    `what` names it, where the source line says too little; `look_s` is the time between two looks.
+    """
     loop = asyncio.get_running_loop()
     until = loop.time() + DEADLINE_S
     while not is_so():
         if loop.time() > until:
             raise AssertionError(f"never came true: {what or is_so}")
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(look_s)
 
 
 def request(line: str = "GET /", *fields: str, body: bytes | None = None, version: str = "1.1") -> bytes:
@@ -107,7 +110,7 @@ class RawLink(asyncio.Protocol):
         self.is_write_paused = False
         self._follows = False
         self.all_received = bytearray()
-        self.on_data: Callable[[Self], object] | None = None
+        self.on_data: Callable[[RawLink], object] | None = None
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -153,9 +156,19 @@ class RawLink(asyncio.Protocol):
         """Wait until all that was sent has left this process."""
         await eventually(lambda: self.is_lost or self.transport.get_write_buffer_size() == 0, "all is sent")
 
+    async def ready(self) -> None:
+        """Wait until more may be sent; unlike `flush` it does not wait for all."""
+        if self.is_write_paused:
+            await eventually(lambda: not self.is_write_paused, "more may be sent", look_s=0)
+
     def half_close(self) -> None:
         """Send an end of file and go on reading."""
         self.transport.write_eof()
+
+    def half_close_at_once(self) -> None:
+        """Send an end of file in this very turn of the loop; everything sent before must be flushed."""
+        with socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno())) as link:
+            link.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close in the usual way."""
@@ -353,4 +366,3 @@ class RawUpstream:
             self._server = None
         for link in self.links:
             link.transport.abort()
-

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +15,11 @@ from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.snapshot import AdminState, Rules
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
-from tests.helpers.plane import PlaneUnderTest
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 
 if TYPE_CHECKING:
-    from pathlib import Path as PathType
-
     from stickyproxy.proxy.upstream import UpstreamConnection
-    from tests.helpers.plane import Start
+    from tests.helpers.plane import PlaneUnderTest, Start
 
 CHUNKED = "Transfer-Encoding: chunked"
 
@@ -63,7 +62,9 @@ async def test_hop_by_hop_fields_stay_where_they_are(proxy: PlaneUnderTest) -> N
     client, app = await proxy.open(sent + sent)
     for _ in range(2):
         got = await app.read_request()
-        assert [name.lower() for name, _ in got.fields if name.lower().startswith(("connection", "keep", "te", "x-mine"))] == []
+        assert [
+            name.lower() for name, _ in got.fields if name.lower().startswith(("connection", "keep", "te", "x-mine"))
+        ] == []
         assert got["X-Kept"] == "1"
         app.answer(b"", "Connection: X-Theirs, keep-alive", "X-Theirs: 1", "Keep-Alive: timeout=5", "X-Kept: 2")
         response = await client.read_response()
@@ -74,7 +75,13 @@ async def test_hop_by_hop_fields_stay_where_they_are(proxy: PlaneUnderTest) -> N
 async def test_no_request_of_a_connection_takes_over_anything_of_another(proxy: PlaneUnderTest) -> None:
     client, app = await proxy.open(request("POST /1", "X-A: 1", body=b"body"))
     seen = []
-    for sent in (request("GET /2"), request("GET /3", "X-B: 2"), request("GET /4"), request("POST /5"), request("GET /6")):
+    for sent in (
+        request("GET /2"),
+        request("GET /3", "X-B: 2"),
+        request("GET /4"),
+        request("POST /5"),
+        request("GET /6"),
+    ):
         got = await app.read_request()
         seen.append(got)
         app.answer()
@@ -90,8 +97,6 @@ async def test_no_request_of_a_connection_takes_over_anything_of_another(proxy: 
 
 
 async def test_a_trusted_proxy_before_us_is_believed_and_others_are_not(start: Start) -> None:
-    from ipaddress import ip_network
-
     said = ("X-Request-ID: given-1", "X-Forwarded-For: 203.0.113.9", "X-Forwarded-Proto: https", "Via: 1.1 edge")
     trusting = await start(settings=Settings(trusted=(ip_network("127.0.0.0/8"),)))
     client, app = await trusting.open(request("GET /", *said))
@@ -148,10 +153,14 @@ async def test_bodies_pass_both_ways(proxy: PlaneUnderTest, size: int, *, is_chu
 
 
 async def test_trailers_pass_both_ways(proxy: PlaneUnderTest) -> None:
-    client, app = await proxy.open(request("POST /", CHUNKED, "Trailer: X-Sum") + b"1\r\na\r\n0\r\nX-Sum: 1\r\nHost: evil\r\n\r\n")
+    client, app = await proxy.open(
+        request("POST /", CHUNKED, "Trailer: X-Sum") + b"1\r\na\r\n0\r\nX-Sum: 1\r\nHost: evil\r\n\r\n"
+    )
     got = await app.read_request()
     assert (got.body, got.trailers) == (b"a", ["X-Sum: 1"])
-    app.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nb\r\n0\r\nX-Sum: 2\r\nContent-Length: 5\r\n\r\n")
+    app.send(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nb\r\n0\r\nX-Sum: 2\r\nContent-Length: 5\r\n\r\n"
+    )
     response = await client.read_response()
     assert (response.body, response.trailers) == (b"b", ["X-Sum: 2"])
 
@@ -381,7 +390,9 @@ async def test_connection_close_of_the_upstream_is_its_own_affair(proxy: PlaneUn
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel",
     ],
 )
-async def test_a_response_that_breaks_off_is_seen_to(proxy: PlaneUnderTest, version: str, end: str, part: bytes) -> None:
+async def test_a_response_that_breaks_off_is_seen_to(
+    proxy: PlaneUnderTest, version: str, end: str, part: bytes
+) -> None:
     client, app = await proxy.open(request(version=version))
     await app.read_request()
     app.send(part)
@@ -572,6 +583,27 @@ async def test_an_upstream_that_accepts_and_closes_at_once_is_502(start: Start) 
         client.close()
 
 
+async def test_a_connection_that_ended_before_it_could_be_used_is_502(
+    proxy: PlaneUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pool.dial
+
+    async def dial(pool: Pool) -> UpstreamConnection:
+        connection = await real(pool)
+        (await proxy.upstream.accept()).close()
+        await eventually(lambda: connection.is_closing)
+        return connection
+
+    monkeypatch.setattr(Pool, "dial", dial)
+    client = await proxy.client()
+    for sent in (GET, request("POST /", body=b"x")):
+        client.send(sent)
+        response = await client.read_response()
+        assert response.status == 502
+        assert "error=connection_terminated" in response["Proxy-Status"]
+    assert proxy.pool().counters.attempts == {"connection_terminated": 2}
+
+
 async def test_an_upstream_that_speaks_first_is_502(start: Start) -> None:
     upstream = RawUpstream("app-1")
     upstream.on_accept = lambda link: link.send(b"220 mail.example.org ESMTP\r\n")
@@ -608,7 +640,12 @@ async def test_what_meets_the_end_of_an_idle_connection_is_sent_again_if_it_may(
 
 @pytest.mark.parametrize(
     "sent",
-    [request("POST /once", body=b""), request("POST /once", body=b"x"), request("PUT /once", body=b"x"), request("PATCH /once")],
+    [
+        request("POST /once", body=b""),
+        request("POST /once", body=b"x"),
+        request("PUT /once", body=b"x"),
+        request("PATCH /once"),
+    ],
 )
 async def test_what_may_not_be_repeated_is_sent_once(proxy: PlaneUnderTest, sent: bytes) -> None:
     client, app = await proxy.open(request("GET /first"))
@@ -697,8 +734,7 @@ async def test_a_client_gone_while_its_upstream_is_dialled(proxy: PlaneUnderTest
         before = len(proxy.records)
         client = await proxy.client()
         client.send(GET)
-        while not any(one.exchange for one in proxy.plane.downstreams):
-            await asyncio.sleep(0)
+        await eventually(lambda: any(one.exchange for one in proxy.plane.downstreams) or proxy.upstream.links)
         client.reset()
         await eventually(lambda before=before: len(proxy.records) > before)  # type: ignore[misc]
     assert {record.status for record in proxy.records} == {499}
@@ -784,7 +820,15 @@ async def test_a_whole_response_that_its_client_does_not_take_frees_the_upstream
     assert (await client.read_response()).body == b"other"
 
 
-async def test_a_slow_upstream_stops_the_client(start: Start, tmp_path: PathType) -> None:
+async def test_a_slow_upstream_stops_the_client(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Pool.dial
+
+    async def dial(pool: Pool) -> UpstreamConnection:
+        connection = await real(pool)
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return connection
+
+    monkeypatch.setattr(Pool, "dial", dial)
     upstream = RawUpstream("app-1")
     upstream.reads_at_once = False
     await upstream.start(path=str(tmp_path / "app.sock"))
@@ -817,9 +861,7 @@ async def test_a_slow_upstream_stops_the_client(start: Start, tmp_path: PathType
     assert (await client.read_response()).body == b"thanks"
 
 
-async def test_an_upstream_that_answers_without_taking_the_body_is_not_used_again(
-    start: Start, tmp_path: PathType
-) -> None:
+async def test_an_upstream_that_answers_without_taking_the_body_is_not_used_again(start: Start, tmp_path: Path) -> None:
     upstream = RawUpstream("app-1")
     upstream.reads_at_once = False
     await upstream.start(path=str(tmp_path / "app.sock"))
@@ -870,8 +912,7 @@ async def test_an_upload_of_more_than_a_gibibyte_takes_no_memory(proxy: PlaneUnd
     while sent < size:
         client.send(piece[: size - sent])
         sent += min(len(piece), size - sent)
-        while client.is_write_paused:
-            await asyncio.sleep(0)
+        await client.ready()
         highest = max(highest, resident_bytes())
     await eventually(lambda: app.received_bytes - already >= size)
     assert highest - before < 32 << 20
@@ -1031,6 +1072,18 @@ async def test_the_last_response_of_a_stopping_plane_says_close(proxy: PlaneUnde
     response = await client.read_response()
     assert (response.status, response["Connection"]) == (502, "close")
     assert await client.read_rest() == b""
+
+
+async def test_a_tunnel_that_opens_while_the_plane_stops_is_closed_again(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(request("GET /", "Connection: Upgrade", "Upgrade: websocket"))
+    await app.read_request()
+    proxy.plane.stop()
+    app.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    assert (await client.read_message()).status == 101
+    assert (await client.read(4))[2:] == (1001).to_bytes(2, "big")
+    client.half_close()
+    app.half_close()
+    await proxy.plane.wait_until_empty()
 
 
 async def test_a_plane_without_a_log_counts_all_the_same(proxy: PlaneUnderTest) -> None:

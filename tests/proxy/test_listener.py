@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -36,7 +35,7 @@ class _Transport:
 
 
 def transport(peer: object) -> asyncio.BaseTransport:
-    return cast("Any", _Transport(peer))
+    return cast("asyncio.BaseTransport", _Transport(peer))
 
 
 # Binding
@@ -58,7 +57,7 @@ def test_an_address_in_use_is_named() -> None:
 
 
 def test_an_address_that_is_not_ours_is_an_error() -> None:
-    with pytest.raises(UsageError, match="cannot listen on 192.0.2.1:0: "):
+    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1:0: "):
         bind(Address("192.0.2.1", 0))
 
 
@@ -84,22 +83,22 @@ def test_one_family_is_only_that() -> None:
 
 
 def test_the_socket_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    path = str(tmp_path / "proxy.sock")
-    bind(Address(path=path)).close()
-    assert os.path.exists(path)
-    bind(Address(path=path)).close()
+    path = tmp_path / "proxy.sock"
+    bind(Address(path=str(path))).close()
+    assert path.exists()
+    bind(Address(path=str(path))).close()
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_the_socket_of_a_living_process_is_not(tmp_path: Path, kind: int) -> None:
-    path = str(tmp_path / "proxy.sock")
+    path = tmp_path / "proxy.sock"
     with socket.socket(socket.AF_UNIX, kind) as alive:
-        alive.bind(path)
+        alive.bind(str(path))
         if kind == socket.SOCK_STREAM:
             alive.listen()
         with pytest.raises(UsageError, match="is another proxy running"):
-            bind(Address(path=path))
-        assert os.path.exists(path)
+            bind(Address(path=str(path)))
+        assert path.exists()
 
 
 def test_a_file_is_no_socket_and_stays(tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def cookie_for(upstream_id: str, *, age_s: int = 0, codec: TokenCodec = CODEC) -
 # The cookie
 
 
-@pytest.mark.parametrize("status", ["200 OK", "302 Found", "404 Not Found", "500 Internal Server Error", "304 Not Modified"])
+@pytest.mark.parametrize(
+    "status", ["200 OK", "302 Found", "404 Not Found", "500 Internal Server Error", "304 Not Modified"]
+)
 async def test_the_first_response_sets_the_cookie_whatever_it_is(proxy: PlaneUnderTest, status: str) -> None:
     client, app = await proxy.open(GET)
     await app.read_request()
@@ -101,7 +103,9 @@ async def test_new_clients_spread(start: Start) -> None:
     assert sorted(places) == ["app-1"] * 3 + ["app-2"] * 3 + ["app-3"] * 3
 
 
-@pytest.mark.parametrize("bad", ["stickyproxy=rubbish", "stickyproxy=", cookie_for("app-1", codec=TokenCodec([b"other"]))])
+@pytest.mark.parametrize(
+    "bad", ["stickyproxy=rubbish", "stickyproxy=", cookie_for("app-1", codec=TokenCodec([b"other"]))]
+)
 async def test_an_invalid_token_counts_as_none(proxy: PlaneUnderTest, bad: str) -> None:
     _, got, response = await visit(proxy, bad)
     assert response.cookie

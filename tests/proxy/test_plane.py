@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import pytest
 import uvloop
 
 from stickyproxy.affinity.snapshot import Rules
 from stickyproxy.proxy import plane as plane_module
+from stickyproxy.tasks import spawn
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.helpers.plane import PlaneUnderTest, Start
 
 HANDSHAKE = request("GET /", "Connection: Upgrade", "Upgrade: websocket")
@@ -128,7 +130,7 @@ async def test_the_ends_of_waiting_until_empty(proxy: PlaneUnderTest) -> None:
     other = await proxy.upstream.accept()
     await other.read_request()
     plane.stop()
-    waiting = asyncio.get_running_loop().create_task(plane.wait_until_empty())
+    waiting = spawn(plane.wait_until_empty(), "wait")
     await idle.read_rest()
     other.answer(b"whole")
     assert (await busy.read_response())["Connection"] == "close"
@@ -164,9 +166,7 @@ async def test_close_ends_all_at_once(start: Start) -> None:
     assert {record.status for record in proxy.records} == {101, 499, 200}
 
 
-async def test_a_tick_renews_the_clocks_and_ends_idle_sessions(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_tick_renews_the_clocks_and_ends_idle_sessions(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plane_module, "TICK_S", 0.01)
     proxy = await start(idle_s=0.1)
     client, app = await proxy.open(GET)
@@ -181,3 +181,19 @@ async def test_a_tick_renews_the_clocks_and_ends_idle_sessions(
     await eventually(lambda: len(proxy.sessions) == 0)
     assert proxy.plane.now > now
     assert proxy.plane.wall > wall
+
+
+async def test_a_tick_acts_on_what_is_overdue(start: Start) -> None:
+    proxy = await start(tunnel_idle_s=0.1, linger_s=0.1, keep_alive_s=0.1, upstream_keep_alive_s=0.1)
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    await app.read_rest()
+    other, tunnel = await proxy.open(HANDSHAKE)
+    await tunnel.read_request()
+    tunnel.send(ACCEPT)
+    await other.read_message()
+    await client.read_rest()
+    await other.read_rest()
+    await eventually(lambda: not proxy.plane.tunnels and not proxy.pool().idle)

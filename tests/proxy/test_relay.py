@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,7 +63,7 @@ def test_any_cut_gives_the_same_payload(payload: bytes, cuts: list[int], step: i
     framed = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
     relay, again = Relay(CHUNKED, SETTINGS, is_chunked=True), Relay(CHUNKED, SETTINGS, is_chunked=False)
     got, bounds = b"", sorted({0, len(framed), *(min(cut, len(framed)) for cut in cuts)})
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         got += again.feed(relay.feed(framed[begin:end]))
     assert got == payload
     assert relay.is_done

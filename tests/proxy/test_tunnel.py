@@ -432,18 +432,27 @@ async def test_shut_in_the_middle_of_a_closing_handshake_adds_no_second_close(st
     assert await ended(proxy) == ("client", 1000, "close_frame")
 
 
-async def test_an_idle_tunnel_is_closed_and_a_busy_one_is_not(start: Start) -> None:
-    proxy = await start(tunnel_idle_s=0.6, linger_s=0.2)
+async def test_a_busy_tunnel_is_not_idle(start: Start) -> None:
+    proxy = await start(tunnel_idle_s=60.0)
     client, app = await connect(proxy)
-    seen = 0.0
-    loop = asyncio.get_running_loop()
-    until = loop.time() + 1.5
-    while loop.time() < until:
-        seen += 1
+    tunnel, now = the_tunnel(proxy), proxy.plane.now
+    for number in range(5):
         app.send(frame(b"ping", 9))
         await client.read(6)
-        await asyncio.sleep(0.01)
-    assert proxy.plane.tunnels
+        tunnel.check_idle(now + number * 100)
+    tunnel.check_idle(now + 459)
+    assert client.held == b""
+    tunnel.check_idle(now + 460)
+    tunnel.check_idle(now + 461)
+    assert close_of(await client.read(2 + 2 + len("nothing was sent for too long"))) == (1001, False)
+    client.half_close()
+    app.half_close()
+    assert await ended(proxy) == ("proxy", 1001, "idle")
+
+
+async def test_an_idle_tunnel_is_closed(start: Start) -> None:
+    proxy = await start(tunnel_idle_s=0.2, linger_s=0.2)
+    client, _ = await connect(proxy)
     assert close_of(await client.read_rest()) == (1001, False)
     assert await ended(proxy) == ("proxy", 1001, "idle")
 
@@ -465,9 +474,7 @@ async def test_a_half_closed_tunnel_that_is_idle_is_closed(start: Start) -> None
     assert await ended(proxy) == ("client", 1006, "eof")
 
 
-async def test_what_a_side_does_not_take_in_the_end_is_given_up(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_side_does_not_take_in_the_end_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tunnel_module, "_FLUSH_S", 0.1)
     proxy = await start(linger_s=0.1)
     client, app = await connect(proxy)
