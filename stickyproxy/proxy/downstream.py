@@ -23,7 +23,8 @@ from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import write_error
-from stickyproxy.wire.head import RequestHeadReader, find_head_end
+from stickyproxy.wire.head import find_head_end
+from stickyproxy.wire.request_head import RequestHeadReader
 
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError

@@ -30,6 +30,8 @@ from stickyproxy.wire.body import BodyError
 from stickyproxy.wire.forwarded import client_address
 from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE
 from stickyproxy.wire.headers import find_field
+from stickyproxy.wire.request_head import write_request_head
+from stickyproxy.wire.response_head import write_response_head
 
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.proxy.pool import Pool
     from stickyproxy.proxy.upstream import UpstreamConnection
-    from stickyproxy.wire.head import RequestHead, ResponseHead
+    from stickyproxy.wire.request_head import RequestHead
+    from stickyproxy.wire.response_head import ResponseHead
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,6 @@ _CLIENT_GONE: Final = 499  # nginx's number for a client that went away before i
 _MAX_INTERIM: Final = 32  # interim responses to one request; nobody needs more than two
 _SWITCHING: Final = 101
 _LOOK_AGAIN_S: Final = 0.5  # for an upstream that nobody reports as back, since nobody reported it as gone
-_WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 
 class Exchange:
@@ -140,7 +142,9 @@ class Exchange:
         self._connection = connection
         connection.exchange = self
         self._sent_at = perf_counter()
-        connection.transport.write(self._write_request_head(connection))
+        connection.transport.write(
+            write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
+        )
         timeouts = self.plane.settings.timeouts
         if self._request is None:
             self.downstream.deadline = self.plane.now + timeouts.response_s
@@ -150,29 +154,6 @@ class Exchange:
         rest, self._rest = self._rest, b""
         if rest:
             self.on_request_body(rest)
-
-    def _write_request_head(self, connection: UpstreamConnection) -> bytes:
-        head = self.head
-        outgoing = head.outgoing
-        if outgoing is None:
-            outgoing = head.outgoing = self._write_outgoing()
-        if not head.host and head.is_http_10:
-            outgoing += b"Host: " + connection.pool.authority + b"\r\n"
-        if head.length == 0 and head.method in _WITH_CONTENT:  # RFC 9110, section 8.6: say that there is none
-            outgoing += b"Content-Length: 0\r\n"
-        return b"%b %b HTTP/1.1\r\n%bX-Request-ID: %b\r\n\r\n" % (head.method, head.target, outgoing, self.request_id)
-
-    def _write_outgoing(self) -> bytes:
-        """Return what every upstream gets between the request line and the request's id."""
-        head = self.head
-        parts = [*head.section, self.downstream.forwarded.write(head)]
-        if head.length == CHUNKED:
-            parts.append(b"Transfer-Encoding: chunked\r\n")
-        elif head.length:
-            parts.append(b"Content-Length: %d\r\n" % head.length)
-        if head.is_upgrade:
-            parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
-        return b"".join(parts)
 
     def on_request_body(self, data: bytes) -> None:
         """Send on what came of the body."""
@@ -229,15 +210,12 @@ class Exchange:
             self._relay_response(self._response, rest, out)
 
     def _write_response_head(self, head: ResponseHead, *, is_chunked: bool) -> bytes:
-        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section, self._place.write_cookie(head.cache_control)]
-        if is_chunked:
-            parts.append(b"Transfer-Encoding: chunked\r\n")
+        framing = b"Transfer-Encoding: chunked\r\n" if is_chunked else b""
         if not self._keep_alive:
-            parts.append(b"Connection: close\r\n")
+            framing += b"Connection: close\r\n"
         elif self.head.is_http_10:
-            parts.append(b"Connection: keep-alive\r\n")
-        parts.append(b"\r\n")
-        return b"".join(parts)
+            framing += b"Connection: keep-alive\r\n"
+        return write_response_head(head, self._place.write_cookie(head.cache_control), framing)
 
     def _on_interim(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         """Relay an interim response (RFC 9110, section 15.2), or open the tunnel after the 101 that was asked for."""
@@ -252,7 +230,7 @@ class Exchange:
             self.fail(ResponseError("the upstream sent too many interim responses"))
             return
         if not self.head.is_http_10:
-            self.downstream.transport.write(b"".join((b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section, b"\r\n")))
+            self.downstream.transport.write(write_response_head(head))
         if rest:
             connection.data_received(rest)
 
@@ -262,9 +240,8 @@ class Exchange:
         if pool is None:
             return
         self._status = head.status
-        parts = [b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section, place.write_cookie(None)]
-        parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-        downstream.transport.write(b"".join(parts))
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
         pool.counters.response.observe(perf_counter() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
         tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.proxy.pool import Pool
     from stickyproxy.wire.forwarded import ForwardedWriter
-    from stickyproxy.wire.head import RequestHead
+    from stickyproxy.wire.request_head import RequestHead
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,14 @@ class Pool:
     """Connections to one upstream that wait for their next exchange, the last used first.
 
     `strangers` counts exchanges and tunnels under way that belong to no session; `placed` and `placed_before` the
-    clients placed here in this window of 5 s and the one before: they have no session yet, but will.
+    clients placed here in this window of 5 s and the one before: they have no session yet, but will. `authority`
+    stands for a missing Host.
     """
 
     __slots__ = (
         "_plane",
         "address",
+        "authority",
         "counters",
         "digest",
         "idle",
@@ -44,6 +46,7 @@ class Pool:
         self.upstream_id = upstream_id
         self.digest = digest
         self.address = address
+        self.authority = b"localhost" if address.is_unix else str(address).encode("ascii")
         self.idle: list[UpstreamConnection] = []
         self.is_closed = False
         self.strangers = 0
@@ -71,11 +74,6 @@ class Pool:
     def buffer_bytes(self) -> int:
         """Return how much may wait to be written to one connection before its client is no longer read."""
         return self._plane.settings.buffer_bytes
-
-    @property
-    def authority(self) -> bytes:
-        """Return what stands for Host when an HTTP/1.0 client names none."""
-        return b"localhost" if self.address.is_unix else str(self.address).encode("ascii")
 
     async def dial(self) -> UpstreamConnection:
         """Open a new connection; raise OSError, or TimeoutError (which is one) after the connect timeout."""

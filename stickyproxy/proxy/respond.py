@@ -11,7 +11,7 @@ from stickyproxy.wire.headers import find_field
 
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
-    from stickyproxy.wire.head import RequestHead
+    from stickyproxy.wire.request_head import RequestHead
 
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

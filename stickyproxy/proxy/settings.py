@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Lengths in seconds; infinity is "off". All are checked by one coarse sweep, so they are late by up to 0.5 s."""
+    """Lengths in seconds; infinity is "off". All are checked by one coarse sweep: early or late by up to 0.5 s."""
 
     head_s: float = 10.0  # a whole request head, from its first byte (Apache's mod_reqtimeout: 20 s)
     body_idle_s: float = 60.0  # between two reads of a request body (nginx: client_body_timeout 60 s)

@@ -41,14 +41,6 @@ class _Discard(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         pass
 
-    @override
-    def pause_reading(self) -> None:
-        pass
-
-    @override
-    def resume_reading(self) -> None:
-        pass
-
 
 _DISCARD: Final = _Discard()
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+import re
+from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
 from stickyproxy.errors import ResponseError
-from stickyproxy.wire.head import find_head_end, parse_response_head
+from stickyproxy.wire.head import find_head_end
+from stickyproxy.wire.response_head import parse_response_head
 
 if TYPE_CHECKING:
     from stickyproxy.proxy.exchange import Exchange
     from stickyproxy.proxy.pool import Pool
+
+_BARE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -48,6 +52,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._read_head(exchange, data)
 
     def _read_head(self, exchange: Exchange, data: bytes) -> None:
+        start = 0
         if self._held is None:
             end = find_head_end(data)
         else:
@@ -64,6 +69,8 @@ class UpstreamConnection(asyncio.Protocol):
                 )
             elif not self._held.startswith(b"HTTP/1."[: len(self._held)]):
                 exchange.fail(ResponseError("the upstream sent an invalid status line"))
+            elif _BARE_LINE_FEED.search(self._held, start):  # no head can come of it; do not wait for the timeout
+                exchange.fail(ResponseError("the upstream sent a bare line feed in the response head"))
             return
         if self._held is not None:
             data, self._held = bytes(self._held), None

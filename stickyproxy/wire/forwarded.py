@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stickyproxy.wire.head import RequestHead
+    from stickyproxy.wire.request_head import RequestHead
 
 Network = IPv4Network | IPv6Network
 _PROTO = re.compile(rb"(?i:https?|wss?)")

@@ -145,7 +145,11 @@ class Recorder:
         if answer is not None and answer.at == "head":
             state.is_answered = True
             link.send(answer.bytes)
-        elif not state.is_answered and [one.lower() for one in message.all("expect")] == ["100-continue"] and not is_whole:
+        elif (
+            not state.is_answered
+            and [one.lower() for one in message.all("expect")] == ["100-continue"]
+            and not is_whole
+        ):
             link.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send_answer(self, link: RawLink, state: _Conversation, message: Message) -> None:

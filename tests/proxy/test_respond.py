@@ -8,7 +8,8 @@ import pytest
 
 from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
 from stickyproxy.proxy.respond import write_error
-from stickyproxy.wire.head import HeadLimits, RequestHead, parse_request_head
+from stickyproxy.wire.head import HeadLimits
+from stickyproxy.wire.request_head import RequestHead, parse_request_head
 from tests.helpers.raw import Message, parse_message, request
 
 ID = b"0123456789abcdef01234567"

@@ -11,10 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.wire.cookies import CookieAttributes, CookieReader, CookieWriter, is_shared_cacheable
-from stickyproxy.wire.head import HeadLimits, parse_request_head
+from stickyproxy.wire.head import HeadLimits
+from stickyproxy.wire.request_head import parse_request_head
 
 if TYPE_CHECKING:
-    from stickyproxy.wire.head import RequestHead
+    from stickyproxy.wire.request_head import RequestHead
 
 NAME = "sp"
 

@@ -17,16 +17,9 @@ from stickyproxy.errors import RequestError, ResponseError
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.wire.body import write_chunk, write_last_chunk
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter
-from stickyproxy.wire.head import (
-    CHUNKED,
-    UNTIL_CLOSE,
-    HeadLimits,
-    RequestHead,
-    ResponseHead,
-    find_head_end,
-    parse_request_head,
-    parse_response_head,
-)
+from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE, HeadLimits, find_head_end
+from stickyproxy.wire.request_head import RequestHead, parse_request_head, write_request_head
+from stickyproxy.wire.response_head import ResponseHead, parse_response_head
 from tests.wire.peers import (
     NEXT_REQUEST,
     NEXT_RESPONSE,
@@ -58,12 +51,8 @@ def payload_of(length: int) -> bytes:
 
 
 def write_request(head: RequestHead) -> bytes:
-    """Write a request head the way an exchange does."""
-    exchange = Exchange.__new__(Exchange)
-    exchange.head = head
-    exchange.request_id = b"id-1"
-    exchange.downstream = cast("Any", SimpleNamespace(forwarded=ForwardedWriter(ORIGIN, forwarded=True)))
-    return exchange._write_request_head(cast("Any", SimpleNamespace(pool=SimpleNamespace(authority=b"localhost"))))
+    """Write a request head as an upstream gets it."""
+    return write_request_head(head, ForwardedWriter(ORIGIN, forwarded=True), b"id-1", b"localhost")
 
 
 def write_response(head: ResponseHead, *, is_chunked: bool) -> bytes:

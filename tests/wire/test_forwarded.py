@@ -7,7 +7,8 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter, client_address, is_in
-from stickyproxy.wire.head import HeadLimits, RequestHead, parse_request_head
+from stickyproxy.wire.head import HeadLimits
+from stickyproxy.wire.request_head import RequestHead, parse_request_head
 
 PLAIN = ConnectionOrigin("203.0.113.9", "8080", is_https=False, is_trusted=False)
 HTTPS = ConnectionOrigin("203.0.113.9", "8443", is_https=True, is_trusted=False)
