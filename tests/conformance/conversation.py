@@ -7,9 +7,10 @@ import hashlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from stickyproxy.proxy.settings import Settings
+from stickyproxy.proxy.settings import Settings, Timeouts
 from tests.conformance.strict import Message, StrictError, read_request, read_responses
 from tests.helpers.plane import start_plane
 from tests.helpers.raw import RawUpstream
@@ -49,7 +50,7 @@ def cut(data: bytes, rng: random.Random | None) -> list[bytes]:
     places = set(range(1, 40)) | set(range(len(data) - 80, len(data)))
     places |= {rng.randrange(1, len(data)) for _ in range(100)}
     bounds = [0, *sorted(places), len(data)]
-    return [data[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [data[start:stop] for start, stop in pairwise(bounds)]
 
 
 async def send_cut(link: RawLink, data: bytes, rng: random.Random | None) -> None:
@@ -243,8 +244,9 @@ async def start_conversation(
 ) -> AsyncIterator[tuple[PlaneUnderTest, RawUpstream]]:
     """Run a data plane with one upstream; in the end it is checked for what was left behind."""
     upstream = await RawUpstream("app-1").start()
-    settings = Settings(trusted=(ip_network("127.0.0.0/8"),) if is_trusted else ())
-    async with asyncio.timeout(DEADLINE_S), start_plane([upstream], settings=settings, **(timeouts or {})) as proxy:
+    trusted = (ip_network("127.0.0.0/8"),) if is_trusted else ()
+    settings = Settings(trusted=trusted, timeouts=Timeouts(**(timeouts or {})))
+    async with asyncio.timeout(DEADLINE_S), start_plane([upstream], settings=settings) as proxy:
         yield proxy, upstream
 
 

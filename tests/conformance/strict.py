@@ -118,7 +118,7 @@ def _read_chunks(message: Message, data: bytes, at: int) -> int | None:
     while True:
         stop = data.find(b"\r\n", at)
         if stop < 0:
-            if len(data) - at > 16:  # noqa: PLR2004 -- the digits of the longest size
+            if len(data) - at > 16:  # the digits of the longest size
                 raise _refuse("not a chunk size", data[at:])
             return None
         line = data[at:stop]
@@ -131,7 +131,7 @@ def _read_chunks(message: Message, data: bytes, at: int) -> int | None:
         at += size
         if data[at : at + 2] != b"\r\n"[: max(0, len(data) - at)]:
             raise _refuse("a chunk does not end with its size", data[at:])
-        if len(data) - at < 2:  # noqa: PLR2004 -- CR LF
+        if len(data) - at < 2:  # CR LF
             return None
         at += 2
 
@@ -225,11 +225,11 @@ def read_responses(
             break
         message.raw = data[:end]
         data = data[end:]
-        if 100 <= message.status < 200 and message.status != 101:  # noqa: PLR2004 -- RFC 9110, section 15.2
+        if 100 <= message.status < 200 and message.status != 101:  # RFC 9110, section 15.2
             interim.append(message)
             continue
         final.append(message)
-        if message.status == 101:  # noqa: PLR2004
+        if message.status == 101:
             break
         if message.all("connection") == ["close"] and data:
             raise _refuse("something follows a response that closes", data)
@@ -255,11 +255,11 @@ def _read_response_body(message: Message, data: bytes, at: int, *, is_over: bool
         if name.lower() == "connection" and value not in {"close", "keep-alive", "Upgrade"}:
             raise StrictError(f"Connection: {value} got through")
     length = _read_length(message)
-    if message.status < 200 or message.status == 204:  # noqa: PLR2004 -- RFC 9112, section 6.3
+    if message.status < 200 or message.status == 204:  # RFC 9112, section 6.3
         if length != 0 or message.all("content-length"):
             raise StrictError(f"framing where no body may be: {message.fields}")
         return at
-    if to_head or message.status == 304:  # noqa: PLR2004
+    if to_head or message.status == 304:
         return at
     if length == 0 and not message.all("content-length"):
         if message.all("connection") != ["close"]:
