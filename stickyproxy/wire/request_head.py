@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from stickyproxy.wire.head import HeadLimits
     from stickyproxy.wire.headers import Section
 
-_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])\r\n")
+# No "#" in a target: a fragment is never sent, and who reads the path differently with it could be led astray.
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@:][^/?#@]*)([/?].*)?")
 # uri-host [ ":" port ] of RFC 9110, section 7.2, with the underscore that container names use.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%A-Za-z0-9_~\-]+\]|[A-Za-z0-9._~!$&'()*+;=%\-]*)(?::[0-9]{0,5})?")

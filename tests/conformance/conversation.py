@@ -245,7 +245,9 @@ async def start_conversation(
     """Run a data plane with one upstream; in the end it is checked for what was left behind."""
     upstream = await RawUpstream("app-1").start()
     trusted = (ip_network("127.0.0.0/8"),) if is_trusted else ()
-    settings = Settings(trusted=trusted, timeouts=Timeouts(**(timeouts or {})))
+    # Idle connections are kept for long: one that ends must have been closed for what happened on it.
+    lengths = {"upstream_keep_alive_s": 2 * DEADLINE_S} | (timeouts or {})
+    settings = Settings(trusted=trusted, timeouts=Timeouts(**lengths))
     async with asyncio.timeout(DEADLINE_S), start_plane([upstream], settings=settings) as proxy:
         yield proxy, upstream
 
