@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from stickyproxy.affinity.snapshot import AdminState, Health
 from stickyproxy.observe.counters import METHOD_NAMES, STATUS_CLASSES, Histogram, ProbeCounters, UpstreamCounters
+from stickyproxy.wire.frames import OPCODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 _UPSTREAM: Final = ("cluster", "upstream")
-_OPCODES: Final = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 # RFC 6455, section 7.4.1, and the IANA registry of close codes: 1012 to 1014 were added later.
 _REGISTERED_CLOSES: Final = range(1000, 1016)
 _PRIVATE_CLOSES: Final = {3: "3xxx", 4: "4xxx"}  # registered by libraries; for applications
@@ -248,7 +248,7 @@ def _by_opcode(counts: list[int]) -> Counter[str]:
     named: Counter[str] = Counter()
     for opcode, count in enumerate(counts):
         if count:
-            named[_OPCODES.get(opcode, "other")] += count
+            named[OPCODES.get(opcode, "other")] += count
     return named
 
 

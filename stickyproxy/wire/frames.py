@@ -27,13 +27,12 @@ class FrameScanner:
     `peer` is the scanner of the other direction, if there is one: it tells which of the two closed first.
     """
 
-    __slots__ = ("_held", "_skip", "close_code", "counts", "frames", "is_first", "is_lost", "peer")
+    __slots__ = ("_held", "_skip", "close_code", "counts", "is_first", "is_lost", "peer")
 
     def __init__(self, counts: list[int]) -> None:
         self._skip = 0  # payload bytes of the current frame that have not come
         self._held = b""  # a frame header, or a close frame, that has not come whole
         self.counts = counts
-        self.frames = 0
         self.close_code = 0  # of the first Close frame; 0 while there is none
         self.is_first = False  # this direction had the first Close frame
         self.peer: FrameScanner | None = None
@@ -81,7 +80,6 @@ class FrameScanner:
                 if not self.close_code:
                     self.close_code = _read_close_code(data, at + head, size, is_masked=bool(second & 0x80))
                     self.is_first = self.peer is None or not self.peer.close_code
-            self.frames += 1
             self.counts[first & 0x0F] += 1
             at += head + size
         if at < end:
@@ -93,7 +91,7 @@ class FrameScanner:
 
     @override
     def __repr__(self) -> str:
-        return f"<FrameScanner frames={self.frames} skip={self._skip} held={len(self._held)}>"
+        return f"<FrameScanner skip={self._skip} held={len(self._held)}>"
 
 
 def _read_close_code(data: bytes, at: int, size: int, *, is_masked: bool) -> int:

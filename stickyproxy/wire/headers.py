@@ -24,12 +24,12 @@ _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
 # The alternatives are arranged by their first letters, for they are tried one by one at each line.
 REQUEST_SPECIALS: Final = re.compile(
     rb"\n(?:(host)|c(?:(ookie)|on(?:(nection)|(tent-length)|tent_length))|t(?:(ransfer-encoding)|ransfer_encoding|e)"
-    rb"|(upgrade)|(expect)|(via)"
+    rb"|(upgrade)|(via)"
     rb"|(x-(?:forwarded-(?:for|host|port|prefix|proto|scheme|ssl)|re(?:al-ip|quest-id)|scheme)|forwarded)"
     rb"|x[-_](?:forwarded[-_](?:for|host|port|prefix|proto|scheme|ssl)|re(?:al[-_]ip|quest[-_]id)|scheme)"
     rb"|keep-alive|http2-settings|proxy(?:-connection)?): "
 )
-HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, EXPECT, VIA, FORWARDED = range(1, 10)
+HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, VIA, FORWARDED = range(1, 9)
 RESPONSE_SPECIALS: Final = re.compile(
     rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)"
     rb"|keep-alive|proxy-connection): "

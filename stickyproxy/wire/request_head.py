@@ -13,7 +13,6 @@ from stickyproxy.wire.headers import (
     CONNECTION,
     CONTENT_LENGTH,
     COOKIE,
-    EXPECT,
     FORWARDED,
     HOST,
     REQUEST_SPECIALS,
@@ -52,7 +51,6 @@ class RequestHead:
 
     __slots__ = (
         "cookies",
-        "expects_continue",
         "forwarded",
         "host",
         "is_http_10",
@@ -79,7 +77,6 @@ class RequestHead:
         self.length = 0
         self.is_upgrade = False
         self.is_repeatable = False
-        self.expects_continue = False
         self.forwarded: dict[bytes, bytes] | None = None
         self.via: bytes | None = None
         self.token: bytes | None = None
@@ -98,7 +95,6 @@ class RequestHead:
         head.length = self.length
         head.is_upgrade = self.is_upgrade
         head.is_repeatable = True
-        head.expects_continue = self.expects_continue
         head.forwarded = self.forwarded
         head.via = self.via
         head.token = self.token
@@ -199,9 +195,6 @@ def _read_request_section(head: RequestHead, data: bytes, start: int, end: int) 
             head.host = data[value_at:stop]
             hosts += 1
             continue
-        if kind == EXPECT:
-            head.expects_continue = lower[value_at:stop] == b"100-continue"
-            continue
         line_at = match.start() + 1
         if line_at > at:
             section.append(data[at:line_at])
@@ -298,8 +291,6 @@ def _drop_named(head: RequestHead, named: list[bytes]) -> None:
         head.forwarded = {name: value for name, value in head.forwarded.items() if name not in names}
     if b"via" in names:
         head.via = None
-    if b"expect" in names:
-        head.expects_continue = False
 
 
 def _request_line_error(data: bytes, limits: HeadLimits) -> RequestError:

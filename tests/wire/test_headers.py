@@ -12,7 +12,6 @@ from stickyproxy.wire.headers import (
     CONNECTION,
     CONTENT_LENGTH,
     COOKIE,
-    EXPECT,
     FORWARDED,
     HOST,
     REQUEST_SPECIALS,
@@ -174,12 +173,14 @@ FORWARDED_NAMES += ["X-Real-IP", "X-Request-ID", "X-Scheme"]
         ("Content-Length", CONTENT_LENGTH),
         ("Transfer-Encoding", TRANSFER_ENCODING),
         ("Upgrade", UPGRADE),
-        ("Expect", EXPECT),
         ("Via", VIA),
         ("Forwarded", FORWARDED),
         *[(name, FORWARDED) for name in FORWARDED_NAMES],
         *[(name, DROPPED) for name in ("TE", "Keep-Alive", "HTTP2-Settings", "Proxy-Connection", "Proxy")],
-        *[(name, None) for name in ("Hostess", "Cookie2", "TEA", "X-Host", "X-Forwarded", "Proxy-Authorization", "V")],
+        *[
+            (name, None)
+            for name in ("Hostess", "Cookie2", "TEA", "X-Host", "X-Forwarded", "Expect", "Proxy-Authorization", "V")
+        ],
     ],
 )
 def test_special_fields_of_a_request(name: str, kind: object) -> None:
