@@ -169,7 +169,10 @@ class Children:
 
 
 class StickyProxy:
-    """A `stickyproxy serve` of its own, with its configuration file, in front of `upstreams` (id to URL)."""
+    """A `stickyproxy serve` of its own, with its configuration file, in front of `upstreams` (id to URL).
+
+    `more` are sections of the file that stand beside, or in place of, those that every test has.
+    """
 
     def __init__(
         self,
@@ -178,6 +181,7 @@ class StickyProxy:
         *,
         affinity: Mapping[str, Any] | None = None,
         probe: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
         name: str = "stickyproxy",
     ) -> None:
         port, admin_port = free_port(), free_port()
@@ -197,6 +201,7 @@ class StickyProxy:
         }
         if probe is not None:
             configuration["health"] = {"probe": dict(probe)}
+        configuration |= more or {}
         self.file = children.directory / f"{name}.yaml"
         self.file.write_text(yaml.safe_dump(configuration, sort_keys=False))
         home = children.directory / f"{name}-home"
