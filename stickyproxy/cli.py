@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,14 @@ import uvloop
 
 from stickyproxy import __version__
 from stickyproxy.config import Config, json_schema, load_file, with_overrides
+from stickyproxy.control.certificates import make_listener_context, make_upstream_context
 from stickyproxy.control.supervisor import serve as run_proxy
 from stickyproxy.demo.launcher import Demo, DemoError, banner
 from stickyproxy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import ssl
+    from collections.abc import Callable, Iterator
 
     from stickyproxy.config import Address
 
@@ -79,10 +82,30 @@ def serve(
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Say whether a configuration file is right; if not, every mistake with its line (exit status 2)."""
+    """Say whether a configuration file is right; if not, every mistake with its line (exit status 2).
+
+    The certificates and keys that it names are read too.
+    """
     with _clear_errors():
         config = load_file(file, os.environ)
+        _check_certificates(config)
         click.echo(f"{file}: right; {len(config.upstreams)} upstreams, {len(config.listeners)} listeners")
+
+
+def _check_certificates(config: Config) -> None:
+    """Read all certificates and keys; raise UsageError with a line for each that cannot be used."""
+    makers: list[Callable[[], ssl.SSLContext]] = [
+        *(partial(make_listener_context, one.tls) for one in config.listeners if one.tls is not None),
+        *(partial(make_upstream_context, one.tls) for one in config.upstreams if one.tls is not None),
+    ]
+    mistakes = []
+    for make in makers:
+        try:
+            make()
+        except UsageError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UsageError("\n".join(dict.fromkeys(mistakes)))
 
 
 @main.command()

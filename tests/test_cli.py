@@ -267,7 +267,7 @@ def test_serve_without_an_admin_listener(served: list[Config]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("https://127.0.0.1:1",), "URL 1: https://"),
+        (("ftp://127.0.0.1:1",), "URL 1: expected a URL"),
         (("http://127.0.0.1:1", "nonsense"), "URL 2: expected a URL"),
         (("http://127.0.0.1:1", "http://127.0.0.1:1"), "URL 2: 127.0.0.1:1 is listed twice"),
         (("http://user:pass-7@127.0.0.1:1",), "URL 1: the URL of an upstream has no user name"),

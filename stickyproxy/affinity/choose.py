@@ -32,6 +32,7 @@ class Outcome(StrEnum):
     UNPINNED = "unpinned"  # affinity by cookie is off: placed by the policy alone
     WAIT = "wait"  # the pinned upstream cannot be used: hold the request until it is back
     REFUSED = "refused"  # the pinned upstream cannot be used, and the file says not to look for another
+    FULL = "full"  # every upstream that can be used holds as many sessions as it may
     NONE = "none"  # no upstream can be used
 
 
@@ -46,7 +47,7 @@ class BreakReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was decided: `upstream` is None for WAIT, REFUSED and NONE; `broken` says why a pin ends, if one does."""
+    """What was decided: `upstream` is None for WAIT, REFUSED, FULL and NONE; `broken` says why a pin ends."""
 
     upstream: Upstream | None
     outcome: Outcome
@@ -54,6 +55,7 @@ class Choice:
 
 
 NO_CHOICE: Final = Choice(None, Outcome.NONE)
+ALL_FULL: Final = Choice(None, Outcome.FULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,9 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
         return NO_CHOICE
     if pinned in candidates:  # none is better off: the pin holds until one is
         return Choice(pinned, Outcome.HIT)
+    candidates = _with_room(snapshot, candidates, load)
+    if not candidates:
+        return ALL_FULL
     return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
 
 
@@ -106,10 +111,22 @@ def _place(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     candidates = _untried(snapshot, question)
     if not candidates:
         return NO_CHOICE
+    candidates = _with_room(snapshot, candidates, load)
+    if not candidates:
+        return ALL_FULL
     if question.address_key is not None:
         return Choice(choose_rendezvous(candidates, question.address_key), Outcome.ADDRESS)
     outcome = question.token if snapshot.rules.has_cookie else Outcome.UNPINNED
     return Choice(chance.choose(snapshot, candidates, load), outcome)
+
+
+def _with_room(
+    snapshot: Snapshot, candidates: tuple[Upstream, ...], load: Callable[[Upstream], float]
+) -> tuple[Upstream, ...]:
+    """Return the upstreams that hold fewer sessions than they may."""
+    if not snapshot.may_be_full:
+        return candidates
+    return tuple(u for u in candidates if u.max_sessions is None or load(u) < u.max_sessions)
 
 
 def _untried(snapshot: Snapshot, question: Question) -> tuple[Upstream, ...]:

@@ -44,7 +44,8 @@ class Upstream:
     """One app process, as it stands at one moment.
 
     `is_refused` says that the last connection to it was refused: its process is gone, and with it every session that
-    it held. A slow or failing probe never says that.
+    it held. A slow or failing probe never says that. With `max_sessions` sessions it is full: no new client is placed
+    there, whatever else happens; None is no bound.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Upstream:
     admin: AdminState = AdminState.READY
     health: Health = Health.UNKNOWN
     is_refused: bool = False
+    max_sessions: int | None = None
     digest: bytes = field(default=b"", compare=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,17 @@ class Snapshot:
     true: better a doubtful upstream than none.
     """
 
-    __slots__ = ("by_digest", "candidates", "cluster", "is_guarded", "pinnable", "rotation", "rules", "upstreams")
+    __slots__ = (
+        "by_digest",
+        "candidates",
+        "cluster",
+        "is_guarded",
+        "may_be_full",
+        "pinnable",
+        "rotation",
+        "rules",
+        "upstreams",
+    )
 
     def __init__(self, cluster: str, upstreams: tuple[Upstream, ...], rules: Rules) -> None:
         self.cluster = cluster
@@ -101,6 +113,7 @@ class Snapshot:
         reachable = tuple(u for u in ready if not u.is_refused)
         self.candidates = healthy or reachable or ready
         self.is_guarded = bool(ready) and not healthy
+        self.may_be_full = any(upstream.max_sessions is not None for upstream in upstreams)
         self.rotation = interleave(tuple(u.weight for u in self.candidates))
 
     @override

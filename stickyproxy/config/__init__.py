@@ -9,17 +9,22 @@ from stickyproxy.config.affinity import Affinity, Cookie, OnUnavailable
 from stickyproxy.config.errors import ConfigError, ConfigErrors
 from stickyproxy.config.health import Health, Probe, StatusRange
 from stickyproxy.config.limits import Limits, Timeouts
+from stickyproxy.config.listener import Listener
 from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.overrides import with_overrides
-from stickyproxy.config.schema import AccessLog, Admin, Config, Listener, Upstream
+from stickyproxy.config.schema import AccessLog, Admin, Config
+from stickyproxy.config.tls import Certificate, ListenerTls, UpstreamTls
 from stickyproxy.config.trust import Forwarded, TrustedProxies
 from stickyproxy.config.units import parse_duration, parse_size
+from stickyproxy.config.upstream import Upstream
+from stickyproxy.config.websocket import Ping, WebSocket
 
 __all__ = [
     "AccessLog",
     "Address",
     "Admin",
     "Affinity",
+    "Certificate",
     "Config",
     "ConfigError",
     "ConfigErrors",
@@ -28,12 +33,16 @@ __all__ = [
     "Health",
     "Limits",
     "Listener",
+    "ListenerTls",
     "OnUnavailable",
+    "Ping",
     "Probe",
     "StatusRange",
     "Timeouts",
     "TrustedProxies",
     "Upstream",
+    "UpstreamTls",
+    "WebSocket",
     "json_schema",
     "load_file",
     "load_text",

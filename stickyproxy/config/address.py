@@ -12,6 +12,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from typing_extensions import override
 
 HTTP_PORT = 80
+HTTPS_PORT = 443
 MAX_PORT = 65535
 MAX_SOCKET_PATH_BYTES = 107  # Linux: `sun_path` holds 108 bytes and ends with NUL (unix(7))
 MAX_HOST_CHARACTERS = 253  # RFC 1035 section 2.3.4: 255 octets on the wire
@@ -30,13 +31,15 @@ class Address:
     """One end of a connection: a TCP host and port, or the path of a Unix socket.
 
     `host` is an IPv4 address, an IPv6 address without brackets, a name, or "" for all interfaces. With a Unix socket
-    `path` is its absolute path, `host` is "" and `port` is 0; with TCP `path` is "". Equal addresses compare equal
-    however they were written: names are in lower case, IPv6 is compressed.
+    `path` is its absolute path, `host` is "" and `port` is 0; with TCP `path` is "". `is_tls` says whether an upstream
+    is spoken to with TLS; the text of an address does not tell. Equal addresses compare equal however they were
+    written: names are in lower case, IPv6 is compressed.
     """
 
     host: str = ""
     port: int = 0
     path: str = ""
+    is_tls: bool = False
 
     @override
     def __str__(self) -> str:
@@ -71,15 +74,15 @@ def parse_listener(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError(f"expected {_LISTENER_FORMS}")
-    return Address(host=_read_host(host) if host else "", port=_read_port(port, lowest=0))
+    return Address(host=read_host(host) if host else "", port=read_port(port, lowest=0))
 
 
 def parse_upstream_url(text: str) -> Address:
     """Return the address of an upstream from its URL.
 
-    Takes `http://host[:port][/]` (port 80 where none is given), `unix:/path` or `http+unix:///path`. Raises
-    `ValueError` with a message for the author of the file; the message never repeats the URL, which may hold a
-    password.
+    Takes `http://host[:port][/]` (port 80 where none is given), the same with `https` (port 443), `unix:/path` or
+    `http+unix:///path`. Raises `ValueError` with a message for the author of the file; the message never repeats the
+    URL, which may hold a password.
     """
     if text.startswith("unix:"):
         return Address(path=_read_socket_path(text.removeprefix("unix:")))
@@ -89,11 +92,12 @@ def parse_upstream_url(text: str) -> Address:
     match match["scheme"].lower():
         case "http":
             _refuse_parts(match, "http://host:port")
-            return _read_authority(match["authority"])
+            return _read_authority(match["authority"], is_tls=False)
         case "http+unix":
             return _read_unix_url(match)
         case "https":
-            raise ValueError("https:// to an upstream comes in a later version; use http://")
+            _refuse_parts(match, "https://host:port")
+            return _read_authority(match["authority"], is_tls=True)
         case _:
             raise ValueError(f"expected {_UPSTREAM_FORMS}")
 
@@ -105,7 +109,7 @@ def _refuse_parts(url: re.Match[str], form: str) -> None:
         raise ValueError(f"the URL of an upstream has no query; write {form}")
     if url["rest"]:
         raise ValueError(f"the URL of an upstream has no fragment; write {form}")
-    if form.startswith("http:") and url["path"] not in {"", "/"}:
+    if form.startswith(("http:", "https:")) and url["path"] not in {"", "/"}:
         raise ValueError(f"the URL of an upstream has no path: a request keeps its own; write {form}")
 
 
@@ -118,24 +122,41 @@ def _read_unix_url(url: re.Match[str]) -> Address:
     return Address(path=_read_socket_path(url["path"]))
 
 
-def _read_authority(authority: str) -> Address:
+def _read_authority(authority: str, *, is_tls: bool) -> Address:
     has_port = not authority.endswith("]") and ":" in authority
     host, _, port = authority.rpartition(":") if has_port else (authority, "", "")
     if not host:
         raise ValueError(f"expected {_UPSTREAM_FORMS}: the host is missing")
-    return Address(host=_read_host(host), port=_read_port(port, lowest=1) if has_port else HTTP_PORT)
+    default_port = HTTPS_PORT if is_tls else HTTP_PORT
+    return Address(read_host(host), read_port(port, lowest=1) if has_port else default_port, is_tls=is_tls)
 
 
-def _read_port(text: str, lowest: int) -> int:
+def read_server_name(text: str) -> str:
+    """Return a name for SNI (RFC 6066 section 3: without a dot at its end), or an IP address without brackets.
+
+    Raises `ValueError` with a message for the author of the file.
+    """
+    if ":" in text:
+        bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return _read_ipv6(bare, "an IPv6 address, as in ::1, or a name without a port")
+    return read_host(text).removesuffix(".")
+
+
+def read_port(text: str, lowest: int) -> int:
+    """Return a port from the lowest to 65535. Raises `ValueError` with a message for the author of the file."""
     number = int(text) if re.fullmatch("[0-9]{1,5}", text) else -1
     if not lowest <= number <= MAX_PORT:
         raise ValueError(f"expected a port from {lowest} to {MAX_PORT} after the last colon")
     return number
 
 
-def _read_host(text: str) -> str:
+def read_host(text: str) -> str:
+    """Return a name in lower case, an IPv4 address, or an IPv6 address of `[...]` without the brackets, compressed.
+
+    Raises `ValueError` with a message for the author of the file.
+    """
     if text.startswith("[") and text.endswith("]"):
-        return _read_ipv6(text[1:-1])
+        return _read_ipv6(text[1:-1], "an IPv6 address between the brackets, as in [::1]:8080")
     if ":" in text:
         raise ValueError("expected an IPv6 address in brackets, as in [::1]:8080")
     labels = text.removesuffix(".").split(".")
@@ -153,13 +174,13 @@ def _read_ipv4(text: str) -> str:
         raise ValueError("expected an IPv4 address of four numbers from 0 to 255, as in 127.0.0.1") from None
 
 
-def _read_ipv6(text: str) -> str:
+def _read_ipv6(text: str, expected: str) -> str:
     if "%" in text:
         raise ValueError("an IPv6 address with a zone (%eth0) is not supported")
     try:
         return IPv6Address(text).compressed
     except AddressValueError:
-        raise ValueError("expected an IPv6 address between the brackets, as in [::1]:8080") from None
+        raise ValueError(f"expected {expected}") from None
 
 
 def _read_socket_path(path: str) -> str:

@@ -1,22 +1,26 @@
 """From the errors of pydantic to sentences for the author of the file.
 
-Most messages are our own readers' already and pass as they are; what pydantic itself found is worded here.
+Most messages are our own readers' already and pass as they are; what pydantic itself found is worded here. Lists of
+sections are read here too, so that the mistakes of all items come at once.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, get_args
+
+from pydantic import ValidationError
 
 from stickyproxy.config.errors import Mistake, PathInFile, render_key
-from stickyproxy.config.fields import Section
+from stickyproxy.config.fields import Section, as_list, refuse
 from stickyproxy.config.units import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from pydantic import ValidationError
     from pydantic_core import ErrorDetails
+
+S = TypeVar("S", bound=Section)
 
 
 def explain(error: ValidationError, model: type[Section]) -> Iterator[Mistake]:
@@ -49,10 +53,31 @@ def _explain_unknown_key(key: str, known: list[str]) -> str:
 
 def _known_keys(model: type[Section], path: PathInFile) -> list[str]:
     for key in path:
-        annotation = next(field.annotation for field in model.model_fields.values() if field.alias == key)
-        model = next(kind for kind in (annotation, *get_args(annotation)) if _is_section(kind))
+        if isinstance(key, str):  # the positions of a list all have one section
+            annotation = next(field.annotation for field in model.model_fields.values() if field.alias == key)
+            model = next(kind for kind in _unfold(annotation) if _is_section(kind))
     return [str(field.alias) for field in model.model_fields.values()]
 
 
-def _is_section(kind: object) -> bool:
+def _unfold(annotation: object) -> list[object]:
+    """Return the annotation and all in it: `Section | None`, `tuple[Section, ...]`, what is `Annotated`."""
+    return [annotation, *(kind for part in get_args(annotation) for kind in _unfold(part))]
+
+
+def _is_section(kind: object) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def read_sections(raw: object, section: type[S], find_repeated: Callable[[dict[int, S]], Iterable[Mistake]]) -> object:
+    """Return a list of sections. Raises `ValidationError` with the mistakes of all of them, and with what repeats."""
+    found: dict[int, S] = {}
+    mistakes: list[Mistake] = []
+    for position, item in enumerate(as_list(raw)):
+        try:
+            found[position] = section.model_validate(item)
+        except ValidationError as error:
+            mistakes.extend(((position, *path), message) for path, message in explain(error, section))
+    mistakes.extend(find_repeated(found))
+    if mistakes:
+        refuse(mistakes)
+    return tuple(found.values())

@@ -97,6 +97,16 @@ class AlsoWritten:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OneOrMore:
+    """Mark a list that one item may stand for; the reader of the field takes it so, this is for the JSON Schema."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        items = handler(schema)
+        item = items["items"]
+        return {"anyOf": [*item.get("anyOf", [item]), {**items, "minItems": 1}]}
+
+
 def _read_switch(raw: object) -> object:
     if isinstance(raw, bool):
         return {} if raw else None
@@ -164,6 +174,21 @@ def size(lowest: str, highest: str) -> Read:
     return Read(read, _SIZE_SCHEMA)
 
 
+def or_word(word: str, marker: Read) -> Read:
+    """Mark what another marker reads, or one word for no value (None): `auto`, or `off`, which YAML reads as false."""
+    words = ["off", False] if word == "off" else [word]
+
+    def read(raw: object) -> object:
+        if any(raw is known or (isinstance(raw, str) and raw == known) for known in words):
+            return None
+        try:
+            return marker.read(raw)
+        except ValueError as error:
+            raise ValueError(f"expected {word} or {str(error).removeprefix('expected ')}") from None
+
+    return Read(read, {"anyOf": [marker.json_schema, {"enum": words}]})
+
+
 def text(pattern: str, expected: str) -> Read:
     """Mark text that matches the pattern as a whole; `expected` says so in words."""
 
@@ -188,7 +213,14 @@ SecondsOrOff = Annotated[float | None, Read(read_seconds_or_off, _OFF_SCHEMA)]
 # Absolute, because a reload or an upgrade may happen in another working directory than the start.
 PATH_PATTERN = r"/[^\x00-\x1f\x7f]*"
 _absolute_path = text(PATH_PATTERN, "an absolute path")
-AbsolutePath = Annotated[Path, Read(lambda raw: Path(str(_absolute_path.read(raw))), _absolute_path.json_schema)]
+
+
+def read_path(raw: object) -> Path:
+    """Return an absolute path, from text or as it is. Raises `ValueError`."""
+    return Path(str(_absolute_path.read(str(raw) if isinstance(raw, Path) else raw)))
+
+
+AbsolutePath = Annotated[Path, Read(read_path, _absolute_path.json_schema)]
 
 ListenerAddress = Annotated[Address, Read(lambda raw: parse_listener(read_text(raw)), {"type": "string"})]
 UpstreamAddress = Annotated[Address, Read(lambda raw: parse_upstream_url(read_text(raw)), {"type": "string"})]

@@ -1,27 +1,26 @@
 """The whole configuration as one frozen value, `Config`, and its smaller sections.
 
-The larger sections stand in files of their own: affinity, health, limits, trust. An attribute has the name of its YAML
-key, with the unit of its value where it has one: `interval: 5s` is `interval_s = 5.0`.
+The larger sections stand in files of their own: affinity, health, limits, listener, tls, trust, upstream, websocket.
+An attribute has the name of its YAML key, with the unit of its value where it has one: `interval: 5s` is
+`interval_s = 5.0`.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
     PlainValidator,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
 from typing_extensions import override
 
-from stickyproxy.config.address import Address, parse_listener
+from stickyproxy.config.address import parse_listener
 from stickyproxy.config.affinity import Affinity
 from stickyproxy.config.errors import Mistake
-from stickyproxy.config.explain import explain
 from stickyproxy.config.fields import (
     PATH_PATTERN,
     AbsolutePath,
@@ -29,121 +28,24 @@ from stickyproxy.config.fields import (
     ListenerAddress,
     OrFalse,
     Read,
+    SecondsOrOff,
     SecondsOrZero,
     Section,
-    UpstreamAddress,
-    as_list,
     in_seconds,
     refuse,
     text,
-    whole_number,
 )
 from stickyproxy.config.health import Health
 from stickyproxy.config.limits import Limits, Timeouts
+from stickyproxy.config.listener import Listener, read_listeners
 from stickyproxy.config.secret import Sources, read_token
 from stickyproxy.config.trust import Forwarded, TrustedProxies, read_trusted_proxies
 from stickyproxy.config.units import shown
+from stickyproxy.config.upstream import MAX_UPSTREAMS, Upstream, read_upstreams
+from stickyproxy.config.websocket import WebSocket
 
-S = TypeVar("S", bound=Section)
-
-MAX_UPSTREAMS = 1000  # each has probes, a pool and metrics in one process; more call for several proxies
 DEFAULT_LISTENER = "127.0.0.1:8080"
 DEFAULT_ADMIN = "127.0.0.1:9090"
-
-
-class Listener(Section):
-    """One address that clients connect to."""
-
-    expected: ClassVar[str] = "an address or a mapping of keys"
-
-    address: ListenerAddress = Field(
-        description="Where to listen: 127.0.0.1:8080, :8080 (all interfaces), [::1]:8080 or unix:/run/proxy.sock."
-    )
-
-    @override
-    @classmethod
-    def expand(cls, raw: object) -> object:
-        """Take a plain address for a listener."""
-        return {"address": raw} if isinstance(raw, str) else raw
-
-
-class Upstream(Section):
-    """One app process that serves requests."""
-
-    expected: ClassVar[str] = "a URL or a mapping of keys"
-
-    explicit_id: (
-        Annotated[str, text(r"[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits, dots, underscores or hyphens")] | None
-    ) = Field(
-        default=None,
-        alias="id",
-        description="The name in tokens, logs and metrics; null: made from the address. To change it ends its pins.",
-    )
-    address: UpstreamAddress = Field(
-        alias="url", description="Where it is reached: http://host:port, unix:/path or http+unix:///path."
-    )
-    weight: Annotated[int, whole_number(1, 256)] = Field(
-        default=1, description="Its share of new clients, relative to the other upstreams."
-    )
-
-    @property
-    def id(self) -> str:
-        """The id from the file, or one made from the address: `127.0.0.1:8001`, or the path of the socket."""
-        return self.explicit_id or self.address.path or str(self.address)
-
-    @override
-    @classmethod
-    def expand(cls, raw: object) -> object:
-        """Take a plain URL for an upstream."""
-        return {"url": raw} if isinstance(raw, str) else raw
-
-
-def _read_sections(raw: object, section: type[S], find_repeated: Callable[[dict[int, S]], Iterable[Mistake]]) -> object:
-    """Return a list of sections. Raises `ValidationError` with the mistakes of all of them, and with what repeats."""
-    found: dict[int, S] = {}
-    mistakes: list[Mistake] = []
-    for position, item in enumerate(as_list(raw)):
-        try:
-            found[position] = section.model_validate(item)
-        except ValidationError as error:
-            mistakes.extend(((position, *path), message) for path, message in explain(error, section))
-    mistakes.extend(find_repeated(found))
-    if mistakes:
-        refuse(mistakes)
-    return tuple(found.values())
-
-
-def _read_listeners(raw: object) -> object:
-    if raw == []:
-        raise ValueError("expected at least one listener")
-    return _read_sections(raw, Listener, _find_repeated_listeners)
-
-
-def _find_repeated_listeners(listeners: dict[int, Listener]) -> Iterable[Mistake]:
-    seen: set[Address] = set()
-    for position, listener in listeners.items():
-        if listener.address in seen:
-            yield (position, "address"), f"{listener.address} is listed twice"
-        if listener.address.is_unix or listener.address.port:  # with port 0 each listener gets a port of its own
-            seen.add(listener.address)
-
-
-def _read_upstreams(raw: object) -> object:
-    if isinstance(raw, list) and len(raw) > MAX_UPSTREAMS:
-        raise ValueError(f"expected at most {MAX_UPSTREAMS} upstreams, got {len(raw)}")
-    return _read_sections(raw, Upstream, _find_repeated_upstreams)
-
-
-def _find_repeated_upstreams(upstreams: dict[int, Upstream]) -> Iterable[Mistake]:
-    addresses: set[Address] = set()
-    ids: set[str] = set()
-    for position, upstream in upstreams.items():
-        if upstream.address in addresses:
-            yield (position, "url"), f"{upstream.address} is listed twice; for a larger share of clients set its weight"
-        elif upstream.id in ids:
-            yield (position, "id"), f"the id '{upstream.id}' is taken by an upstream above"
-        addresses.add(upstream.address)
-        ids.add(upstream.id)
 
 
 NEEDS_TOKEN = "an admin address that is not loopback needs a token"  # noqa: S105 - no token, a message about it
@@ -213,14 +115,14 @@ class Config(Section):
     """The configuration of one proxy. The defaults alone are a valid one, but without upstreams it serves nobody."""
 
     listeners: Annotated[
-        tuple[Annotated[Listener, AlsoWritten({"type": "string"})], ...], BeforeValidator(_read_listeners)
+        tuple[Annotated[Listener, AlsoWritten({"type": "string"})], ...], BeforeValidator(read_listeners)
     ] = Field(
         default_factory=lambda: (Listener.model_validate(DEFAULT_LISTENER),),
         min_length=1,
         description=f"Where clients connect; by default one listener on {DEFAULT_LISTENER}.",
     )
     upstreams: Annotated[
-        tuple[Annotated[Upstream, AlsoWritten({"type": "string"})], ...], BeforeValidator(_read_upstreams)
+        tuple[Annotated[Upstream, AlsoWritten({"type": "string"})], ...], BeforeValidator(read_upstreams)
     ] = Field(default=(), max_length=MAX_UPSTREAMS, description="The app processes, each by its URL or with more keys.")
     affinity: Affinity = Field(default_factory=Affinity, description="Which client goes to which upstream.")
     health: Health = Field(default_factory=Health, description="Whether an upstream can serve.")
@@ -236,6 +138,12 @@ class Config(Section):
     forwarded: Forwarded = Field(default_factory=Forwarded, description="What an upstream is told about the client.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long the proxy waits.")
     limits: Limits = Field(default_factory=Limits, description="How much the proxy takes before it refuses.")
+    websocket: WebSocket = Field(
+        default_factory=WebSocket, description="Which pages may open WebSockets, and how tunnels are kept open."
+    )
+    dns_refresh_s: SecondsOrOff = in_seconds(
+        "10s", "How often the names of upstreams are looked up again; off: only at the start."
+    )
     access_log: Annotated[OrFalse[AccessLog], AlsoWritten({"enum": ["json", "combined"]})] = Field(
         default=None,
         json_schema_extra={"default": False},
@@ -251,3 +159,18 @@ class Config(Section):
     workers: Annotated[int | Literal["auto"], Read(read_workers, {"enum": [1, "auto"]})] = Field(
         default=1, description="Processes of the data plane; this version runs one."
     )
+
+    @model_validator(mode="after")
+    def _check_proxy_protocol(self) -> Self:
+        if mistakes := list(self._find_untrusted()):
+            refuse(mistakes)
+        return self
+
+    def _find_untrusted(self) -> Iterator[Mistake]:
+        trusted = self.trusted_proxies
+        for position, listener in enumerate(self.listeners):
+            is_unix = listener.address.is_unix
+            if listener.proxy_protocol and not (trusted.unix if is_unix else trusted.networks):
+                needed = "unix" if is_unix else "the networks that send it"
+                text = f"proxy_protocol needs {needed} in trusted_proxies; all other connections are refused"
+                yield ("listeners", position, "proxy_protocol"), text

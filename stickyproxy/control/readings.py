@@ -13,7 +13,9 @@ from stickyproxy.observe.metrics import Numbers, UpstreamNumbers
 
 if TYPE_CHECKING:
     from stickyproxy.affinity.snapshot import Upstream
+    from stickyproxy.control.certificates import CertificateWatcher
     from stickyproxy.control.probe import Prober
+    from stickyproxy.control.resolver import Resolver
     from stickyproxy.control.routing import Routing
     from stickyproxy.control.worker import Worker
     from stickyproxy.observe.access_log import AccessLog
@@ -51,10 +53,22 @@ class LoopLag:
 class Readings:
     """What metrics and the state API need from the planes. `is_ready` is set by the supervisor."""
 
-    def __init__(self, worker: Worker, routing: Routing, prober: Prober, access_log: AccessLog | None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        routing: Routing,
+        prober: Prober,
+        access_log: AccessLog | None,
+        *,
+        resolver: Resolver | None = None,
+        certificates: CertificateWatcher | None = None,
+    ) -> None:
+        self._worker = worker
         self._plane = worker.plane
         self._routing = routing
         self._prober = prober
+        self._resolver = resolver
+        self._certificates = certificates
         self._access_log = access_log
         self._began_at = asyncio.get_running_loop().time()
         self._is_ready = False
@@ -107,8 +121,9 @@ class Readings:
         counters = self._plane.pools[upstream.digest].counters
         return {
             "id": upstream.id,
-            "address": str(self._routing.addresses[upstream.id]),
+            "address": str(self._routing.endpoints[upstream.id].address),
             "weight": upstream.weight,
+            "max_sessions": upstream.max_sessions,
             "admin_state": upstream.admin,
             "health": upstream.health,
             "is_refused": upstream.is_refused,
@@ -136,9 +151,27 @@ class Readings:
             breaks=dict(counters.breaks),
             downstream_connections=len(plane.downstreams),
             downstream_connections_total=counters.connections,
+            handshakes=dict(counters.handshakes),
+            is_accepting=self.is_ready and plane.gate.is_open,
+            accept_pauses=plane.gate.pauses,
+            name_lookups=dict(self._resolver.lookups) if self._resolver is not None else {},
+            certificate_reloads=dict(self._certificates.reloads) if self._certificates is not None else {},
+            certificates=self._list_certificates(),
             access_log_dropped=self._access_log.dropped if self._access_log is not None else 0,
             event_loop_lag=_copy_histogram(self.loop_lag.histogram),
         )
+
+    def _list_certificates(self) -> dict[tuple[str, str], float]:
+        """Return when each certificate in use expires, in seconds since 1970, by its listener and file."""
+        if self._certificates is None:
+            return {}
+        listeners = self._worker.listeners
+        return {
+            (str(listeners[position].address), str(one.path)): one.not_after
+            for position, facts in self._certificates.facts.items()
+            if position < len(listeners)
+            for one in facts
+        }
 
     def _sum_open_tunnels(self) -> tuple[Counter[str], Counter[str]]:
         """Return the bytes of open tunnels, received from clients and sent to them, by upstream id."""

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stickyproxy.control.admin.app import AdminListener
+from stickyproxy.control.certificates import CertificateWatcher, make_upstream_contexts
+from stickyproxy.control.descriptors import choose_connection_limit, raise_descriptor_limit
 from stickyproxy.control.probe import Prober
 from stickyproxy.control.readings import Readings
+from stickyproxy.control.resolver import Resolver
 from stickyproxy.control.routing import Routing
 from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.control.worker import Worker
@@ -24,10 +27,11 @@ from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
     import socket
+    import ssl
     from collections.abc import Callable
 
     from stickyproxy.affinity.health import HealthEvent
-    from stickyproxy.config import Address, Config
+    from stickyproxy.config import Address, Config, ListenerTls
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,13 @@ class Supervisor:
             admin_bound = _bind_all([config.admin.address], stack, unserved)[0] if config.admin is not None else None
             self.addresses = [_real_address(address, link) for address, link in bound]
             signing = _find_secrets(config)
+
+            async def renew(position: int, context: ssl.SSLContext) -> None:
+                worker.renew(position, context)
+
+            certificates = CertificateWatcher(_by_position(config), renew)
+            contexts = certificates.make_contexts()
+            upstream_contexts = make_upstream_contexts(config.upstreams)
             access_log = AccessLog(config.access_log) if config.access_log is not None else None
             if access_log is not None:
                 access_log.start()
@@ -70,18 +81,31 @@ class Supervisor:
             def report(upstream_id: str, event: HealthEvent) -> None:
                 routing.report(upstream_id, event)
 
-            worker = Worker(config, signing, report=report, log=access_log.write if access_log is not None else None)
+            worker = Worker(
+                config,
+                signing,
+                connections=choose_connection_limit(raise_descriptor_limit(), config.limits.connections),
+                report=report,
+                log=access_log.write if access_log is not None else None,
+            )
             stack.push_async_callback(worker.close)
-            routing = Routing(config, worker.plane.publish)
+            routing = Routing(config, worker.plane.publish, upstream_contexts)
+            resolver = Resolver(
+                {one.id: one.address for one in config.upstreams}, config.dns_refresh_s, routing.resolve
+            )
+            stack.push_async_callback(resolver.stop)
+            await resolver.start()
             prober = Prober(config.health, routing)
             stack.push_async_callback(prober.stop)
             prober.start()
-            readings = Readings(worker, routing, prober, access_log)
+            readings = Readings(worker, routing, prober, access_log, resolver=resolver, certificates=certificates)
             if config.admin is not None and admin_bound is not None:
                 admin = AdminListener(config.admin, readings, routing)
                 stack.push_async_callback(admin.stop)
                 await admin.start(admin_bound[1])
-            await worker.listen(bound)
+            await worker.listen(bound, contexts)
+            certificates.start()
+            stack.push_async_callback(certificates.stop)
             unserved.pop_all()
             readings.is_ready = True
             logger.info(
@@ -116,6 +140,10 @@ def _find_secrets(config: Config) -> tuple[bytes, ...]:
     if config.affinity.cookie is None:
         return (secrets.token_bytes(32),)
     return (load_or_make_secret(state_directory(config.state_directory)),)
+
+
+def _by_position(config: Config) -> dict[int, ListenerTls]:
+    return {position: one.tls for position, one in enumerate(config.listeners) if one.tls is not None}
 
 
 def _bind_all(

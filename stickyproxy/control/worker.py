@@ -6,19 +6,22 @@ import asyncio
 import logging
 import random
 from contextlib import suppress
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.affinity.sessions import SessionTable
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
-from stickyproxy.proxy.listener import Listener
+from stickyproxy.proxy.listener import Listener, Role
 from stickyproxy.proxy.plane import Plane
-from stickyproxy.proxy.settings import Settings, Timeouts
+from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
+from stickyproxy.wire.origin import OriginRules
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    import ssl
+    from collections.abc import Callable, Mapping, Sequence
 
     from stickyproxy.affinity.health import HealthEvent
     from stickyproxy.config import Address, Config
@@ -26,53 +29,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OFF: Final = float("inf")
 # A token is written anew after this part of the shortest of its lifetimes, so that they count from the last visit.
 _REFRESH_PART: Final = 0.25
 _TUNNEL_PAUSE_S: Final = 0.01  # between two tunnels, at most
 _CLOSE_S: Final = 1.0  # for connections that were cut; it takes one turn of the loop
 
 
-def make_settings(config: Config) -> Settings:
-    """Return the settings of the data plane that a configuration asks for."""
-    timeouts, limits, cookie = config.timeouts, config.limits, config.affinity.cookie
+def make_settings(config: Config, connections: float = OFF) -> Settings:
+    """Return the settings of the data plane that a configuration asks for; `connections` of clients may be open."""
+    limits, websocket = config.limits, config.websocket
     return Settings(
         head=HeadLimits(limits.head_bytes, limits.line_bytes, limits.fields, limits.target_bytes),
-        timeouts=Timeouts(
-            head_s=timeouts.head_s,
-            body_idle_s=_or_off(timeouts.body_idle_s),
-            keep_alive_s=timeouts.keep_alive_s,
-            connect_s=timeouts.connect_s,
-            response_s=_or_off(timeouts.response_s),
-            upstream_keep_alive_s=timeouts.upstream_keep_alive_s,
-            tunnel_idle_s=_or_off(timeouts.tunnel_idle_s),
-            linger_s=timeouts.linger_s,
-        ),
+        timeouts=_make_timeouts(config),
+        handshake_bytes=limits.handshake_bytes,
+        body_bytes=_or_off(limits.body_bytes),
         trailers_bytes=limits.trailers_bytes,
         chunk_extensions_bytes=limits.chunk_extensions_bytes,
         buffer_bytes=limits.buffer_bytes,
+        connections=connections,
+        connections_per_address=_or_off(limits.connections_per_address),
         idle_connections=limits.upstream_idle_connections,
-        cookie=None
-        if cookie is None
-        else CookieAttributes(
-            name=cookie.name,
-            path=cookie.path,
-            domain=cookie.domain,
-            max_age_s=None if cookie.max_age_s is None else int(cookie.max_age_s),
-            http_only=cookie.http_only,
-            same_site=cookie.same_site,
-            secure=cookie.secure,
-            partitioned=cookie.partitioned,
-        ),
+        cookie=_make_cookie(config),
         trusted=config.trusted_proxies.networks,
         trusts_unix=config.trusted_proxies.unix,
         forwarded=config.forwarded.forwarded,
         prefix=config.forwarded.prefix,
+        origins=None if websocket.origins is None else OriginRules(websocket.origins),
+        pings=None if websocket.ping is None else Pings(websocket.ping.interval_s, _or_off(websocket.ping.timeout_s)),
     )
 
 
-def _or_off(timeout_s: float | None) -> float:
-    return _OFF if timeout_s is None else timeout_s
+def _make_timeouts(config: Config) -> Timeouts:
+    """Return the timeouts, whose names are those of the file."""
+    written = config.timeouts
+    return Timeouts(**{one.name: _or_off(getattr(written, one.name)) for one in fields(Timeouts)})
+
+
+def _make_cookie(config: Config) -> CookieAttributes | None:
+    cookie = config.affinity.cookie
+    if cookie is None:
+        return None
+    return CookieAttributes(
+        name=cookie.name,
+        path=cookie.path,
+        domain=cookie.domain,
+        max_age_s=None if cookie.max_age_s is None else int(cookie.max_age_s),
+        http_only=cookie.http_only,
+        same_site=cookie.same_site,
+        secure=cookie.secure,
+        partitioned=cookie.partitioned,
+    )
+
+
+def _or_off(value: float | None) -> float:
+    return OFF if value is None else value
 
 
 def make_sessions(config: Config, secrets: Sequence[bytes]) -> SessionTable:
@@ -97,11 +107,13 @@ class Worker:
         config: Config,
         secrets: Sequence[bytes],
         *,
+        connections: float = OFF,
         report: Callable[[str, HealthEvent], None],
         log: Callable[[Record], None] | None,
     ) -> None:
+        self._config = config
         self.plane = Plane(
-            make_settings(config),
+            make_settings(config, connections),
             make_sessions(config, secrets),
             report=report,
             random=random.SystemRandom().random,
@@ -109,11 +121,25 @@ class Worker:
         )
         self.listeners: list[Listener] = []
 
-    async def listen(self, bound: Sequence[tuple[Address, socket.socket]]) -> None:
-        """Begin to accept on sockets that are bound already."""
-        self.listeners = [Listener(self.plane, link, address) for address, link in bound]
+    async def listen(
+        self, bound: Sequence[tuple[Address, socket.socket]], contexts: Mapping[int, ssl.SSLContext] | None = None
+    ) -> None:
+        """Begin to accept on sockets that are bound already, one for each listener of the configuration.
+
+        `contexts` are those of the listeners with TLS, by position.
+        """
+        contexts = contexts or {}
+        for position, ((address, link), written) in enumerate(zip(bound, self._config.listeners, strict=True)):
+            role = Role(contexts.get(position), written.proxy_protocol, written.redirect_to_https)
+            self.listeners.append(Listener(self.plane, link, address, role))
+        self.plane.gate.listeners = self.listeners
         for listener in self.listeners:
             await listener.start()
+
+    def renew(self, position: int, context: ssl.SSLContext) -> None:
+        """Let a listener, by position, use another TLS context from its next connection on."""
+        listener = self.listeners[position]
+        listener.role = replace(listener.role, tls=context)
 
     async def drain(self, grace_s: float) -> None:
         """Accept nobody any more, let exchanges finish, and close tunnels one after the other over half of the grace.
@@ -155,5 +181,6 @@ class Worker:
     def _stop_listening(self) -> None:
         """Close each listener once: by the second time, its Unix socket may be another proxy's."""
         listeners, self.listeners = self.listeners, []
+        self.plane.gate.listeners = []
         for listener in listeners:
             listener.close()

@@ -91,16 +91,18 @@ class UpstreamCounters:
 class PlaneCounters:
     """What is counted for the whole data plane. `affinity` and `breaks` are by outcome and reason."""
 
-    __slots__ = ("affinity", "breaks", "connections", "hits", "none")
+    __slots__ = ("affinity", "breaks", "connections", "handshakes", "hits", "none")
 
     def __init__(self) -> None:
         self.hits = 0  # affinity outcome "hit", apart because it is counted for nearly every exchange
         self.affinity: Counter[str] = Counter()
         self.breaks: Counter[str] = Counter()
         self.connections = 0  # accepted in all
+        self.handshakes: Counter[str] = Counter()  # by the names in HANDSHAKE_OUTCOMES
         self.none = UpstreamCounters()  # exchanges that reached no upstream
 
 
+HANDSHAKE_OUTCOMES: Final = ("tls_completed", "tls_failed", "proxy_protocol_refused")
 PROBE_OUTCOMES: Final = ("passed", "failed", "refused", "timeout")
 # Seconds: how late a timer of the event loop fires. 5 ms is one switch of Python threads, 1 s is felt by clients.
 LAG_BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)

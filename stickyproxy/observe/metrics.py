@@ -19,7 +19,14 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from stickyproxy.affinity.snapshot import AdminState, Health
-from stickyproxy.observe.counters import METHOD_NAMES, STATUS_CLASSES, Histogram, ProbeCounters, UpstreamCounters
+from stickyproxy.observe.counters import (
+    HANDSHAKE_OUTCOMES,
+    METHOD_NAMES,
+    STATUS_CLASSES,
+    Histogram,
+    ProbeCounters,
+    UpstreamCounters,
+)
 from stickyproxy.wire.frames import OPCODES
 
 if TYPE_CHECKING:
@@ -63,8 +70,9 @@ class UpstreamNumbers:
 class Numbers:
     """All numbers of the proxy at one moment; `none` are those of exchanges that reached no upstream, by cluster.
 
-    `affinity` is by outcome and `breaks` by reason; `guarded` says of each cluster whether it serves although no
-    upstream is healthy.
+    `affinity`, `handshakes`, `name_lookups` and `certificate_reloads` are by outcome and `breaks` by reason; `guarded`
+    says of each cluster whether it serves although no upstream is healthy; `certificates` are the times at which they
+    expire, in seconds since 1970, by listener and file.
     """
 
     version: str
@@ -77,6 +85,12 @@ class Numbers:
     downstream_connections_total: int
     access_log_dropped: int
     event_loop_lag: Histogram
+    handshakes: Mapping[str, int]
+    is_accepting: bool
+    accept_pauses: int
+    name_lookups: Mapping[str, int]
+    certificate_reloads: Mapping[str, int]
+    certificates: Mapping[tuple[str, str], float]
 
 
 class NumbersCollector(Collector):
@@ -93,6 +107,8 @@ class NumbersCollector(Collector):
         yield from _name_tunnels(numbers.upstreams)
         yield from _name_upstreams(numbers)
         yield from _name_probes(numbers.upstreams)
+        yield from _name_connections(numbers)
+        yield from _name_certificates(numbers)
         yield from _name_proxy(numbers)
 
 
@@ -305,7 +321,7 @@ def _name_probes(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
     yield outcomes
 
 
-def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
+def _name_connections(numbers: Numbers) -> Iterator[Metric]:
     connections = _gauge("downstream_connections", "Connections of clients that are open; tunnels are not in it.")
     connections.add_metric((), numbers.downstream_connections)
     yield connections
@@ -313,6 +329,39 @@ def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
     accepted = _counter("downstream_connections_accepted", "Connections of clients that were accepted.")
     accepted.add_metric((), numbers.downstream_connections_total)
     yield accepted
+    accepting = _gauge("accepting", "1 while clients are accepted, 0 near the limit of connections and when stopping.")
+    accepting.add_metric((), numbers.is_accepting)
+    yield accepting
+    pauses = _counter("accept_pauses", "How often accepting was paused, by reason.", "reason")
+    pauses.add_metric(("connections",), numbers.accept_pauses)
+    yield pauses
+    handshakes = _counter("handshakes", "What clients must do before their first request, by outcome.", "outcome")
+    for outcome in HANDSHAKE_OUTCOMES:
+        handshakes.add_metric((outcome,), numbers.handshakes.get(outcome, 0))
+    yield handshakes
+
+
+def _name_certificates(numbers: Numbers) -> Iterator[Metric]:
+    reloads = _counter("certificate_reloads", "Certificates that were taken anew because a file changed.", "outcome")
+    for outcome, count in numbers.certificate_reloads.items():
+        reloads.add_metric((outcome,), count)
+    yield reloads
+    ends = _gauge(
+        "certificate_not_after_timestamp_seconds",
+        "When a certificate in use expires, in seconds since 1970.",
+        "listener",
+        "certificate",
+    )
+    for labels, not_after in numbers.certificates.items():
+        ends.add_metric(labels, not_after)
+    yield ends
+
+
+def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
+    lookups = _counter("name_lookups", "Look-ups of the names of upstreams, by outcome.", "outcome")
+    for outcome, count in numbers.name_lookups.items():
+        lookups.add_metric((outcome,), count)
+    yield lookups
     dropped = _counter("access_log_dropped", "Lines of the access log that were dropped: nobody took them in time.")
     dropped.add_metric((), numbers.access_log_dropped)
     yield dropped

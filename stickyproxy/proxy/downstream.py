@@ -22,8 +22,9 @@ from typing_extensions import override
 from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
-from stickyproxy.proxy.respond import write_error
-from stickyproxy.wire.head import find_head_end
+from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
+from stickyproxy.proxy.unsent import count_unsent
+from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.request_head import RequestHeadReader
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.listener import Listener
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.wire.forwarded import ForwardedWriter
+    from stickyproxy.wire.proxy_protocol import ProxyHeader
+    from stickyproxy.wire.request_head import RequestHead
 
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)+")
 
@@ -43,11 +46,14 @@ class Downstream(asyncio.Protocol):
 
     __slots__ = (
         "_eof",
+        "_header",
         "_heads",
         "_held",
+        "_is_kept",
         "_is_lingering",
         "_is_next_due",
         "_listener",
+        "_pieces",
         "_unsent_bytes",
         "deadline",
         "exchange",
@@ -61,15 +67,18 @@ class Downstream(asyncio.Protocol):
     transport: asyncio.Transport
     forwarded: ForwardedWriter
 
-    def __init__(self, plane: Plane, listener: Listener) -> None:
+    def __init__(self, plane: Plane, listener: Listener, header: ProxyHeader | None = None) -> None:
         self.plane = plane
         self._listener = listener
+        self._header = header
         self.exchange: Exchange | None = None
         self.deadline = math.inf
         self._heads = RequestHeadReader(plane.settings.head, plane.cookie_reader)
         self._held: bytearray | None = None
+        self._pieces = 0
         self._eof = False
         self._unsent_bytes = 0
+        self._is_kept = False
         self.is_paused = False
         self.is_blocked = False
         self._is_lingering = False
@@ -78,14 +87,17 @@ class Downstream(asyncio.Protocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.forwarded = self._listener.forwarded_writer(transport)
+        self.forwarded = self._listener.forwarded_writer(transport, self._header)
         plane = self.plane
         plane.downstreams.add(self)
-        plane.counters.connections += 1
         self.transport.set_write_buffer_limits(plane.settings.buffer_bytes)
         self.deadline = plane.now + plane.settings.timeouts.head_s
+        plane.on_accepted()
         if plane.is_stopping:
             self.transport.close()
+        elif not plane.addresses.admit(self.forwarded.origin):
+            self.refuse(RequestError("too many connections from one address", status=503,
+                                     proxy_status="http_request_denied"))  # fmt: skip
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -104,6 +116,7 @@ class Downstream(asyncio.Protocol):
         else:
             start = max(0, len(self._held) - 3)
             self._held += data
+            self._pieces += 1
             self._begin_held(start)
 
     def _begin_held(self, start: int = 0) -> None:
@@ -134,8 +147,34 @@ class Downstream(asyncio.Protocol):
         except RequestError as error:
             self.refuse(error)
             return
+        self._is_kept = False
+        if head.is_upgrade and end > self.plane.settings.handshake_bytes:
+            self.refuse(RequestError("the head of the WebSocket handshake is too large", status=431))
+            return
+        port = self._listener.role.redirect_to_https
+        if port is not None:
+            self._redirect(head, port, data[end:])
+            return
         self.exchange = exchange = Exchange(self.plane, self, head)
         exchange.start(data[end:])
+
+    def _redirect(self, head: RequestHead, port: int, rest: bytes) -> None:
+        """Send a client of plain HTTP to the same target over TLS."""
+        if not head.host:
+            self.refuse(RequestError("the request names no host to be redirected to"))
+            return
+        plane = self.plane
+        request_id = plane.new_request_id()
+        is_whole = not head.length
+        keep_alive = head.keep_alive and is_whole and not head.is_http_10 and not plane.is_stopping
+        self.transport.write(write_redirect(head, port, request_id, keep_alive=keep_alive))
+        plane.counters.none.count_exchange(head.method, REDIRECT)
+        if plane.log is not None:
+            address = self.forwarded.origin.address
+            plane.log(Record("exchange", request_id.decode(), address, REDIRECT, head.method, head.target, head.host))
+        if is_whole:
+            self.hold(rest)
+        self.on_exchange_end(keep_alive=keep_alive, is_request_whole=is_whole)
 
     def _wait_for_head(self, checked: int) -> None:
         """Check what has come of a head so far, so that rubbish is refused at once and not at the timeout."""
@@ -144,6 +183,7 @@ class Downstream(asyncio.Protocol):
             return
         limits = plane.settings.head
         if checked == 0:
+            self._pieces = 0
             self.deadline = plane.now + plane.settings.timeouts.head_s
         line_feed = held.find(b"\n", checked)
         if len(held) > limits.head_bytes:
@@ -154,6 +194,8 @@ class Downstream(asyncio.Protocol):
             self.refuse(RequestError("a bare line feed or NUL in the request head"))
         elif len(held) > limits.target_bytes + 64 and b"\n" not in held[: limits.target_bytes + 64]:
             self.refuse(RequestError("the request line is too long", status=414))
+        elif self._pieces > MAX_PIECES:
+            self.refuse(RequestError("the request head came in too many pieces"))
 
     def refuse(self, error: ExchangeError) -> None:
         """Answer what is no request, and close: nothing that follows on the connection can be understood."""
@@ -184,6 +226,7 @@ class Downstream(asyncio.Protocol):
         self.exchange = None
         if keep_alive and is_request_whole and not plane.is_stopping:
             self.deadline = plane.now + plane.settings.timeouts.keep_alive_s
+            self._is_kept = True
             if self._held:
                 self.deadline = plane.now + plane.settings.timeouts.head_s
                 self._begin_next_soon()
@@ -227,9 +270,11 @@ class Downstream(asyncio.Protocol):
         if self._eof or self.transport.is_closing():
             self.transport.close()
             return
-        if self.transport.can_write_eof():
+        if self.is_tls:
+            self.transport.close()  # reads on, and drops it, until the client has taken all and closes too
+        else:
             self.transport.write_eof()
-        self.resume_reading()
+            self.resume_reading()
 
     def on_deadline(self) -> None:
         """Act on a timeout, by state."""
@@ -237,7 +282,7 @@ class Downstream(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.on_timeout()
         elif self._is_lingering or self.transport.is_closing():
-            if self.transport.get_write_buffer_size() < self._unsent_bytes:
+            if count_unsent(self.transport) < self._unsent_bytes:
                 self._await_end()  # slow, but the client takes it
             else:
                 self.transport.abort()
@@ -247,14 +292,15 @@ class Downstream(asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Close once all is sent; a client that takes nothing of it for as long as a body may stand still is cut."""
+        """Close once all is sent; a client that takes nothing of it for `send_s` is cut."""
         self._await_end()
         self.transport.close()
 
     def _await_end(self) -> None:
         timeouts = self.plane.settings.timeouts
-        self._unsent_bytes = self.transport.get_write_buffer_size()
-        self.deadline = self.plane.now + (timeouts.linger_s if self._is_lingering else timeouts.body_idle_s)
+        self._unsent_bytes = count_unsent(self.transport)
+        is_sent = self._is_lingering or not self.transport.get_write_buffer_size()
+        self.deadline = self.plane.now + (timeouts.linger_s if is_sent else timeouts.send_s)
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""
@@ -265,9 +311,12 @@ class Downstream(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._eof = True
         exchange = self.exchange
+        if self.is_tls and exchange is not None:  # uvloop ends a TLS connection with its first half
+            exchange.on_client_lost()
+            return False
         if exchange is None:
             if self._is_request_due:
-                return True
+                return not self.is_tls
             if not self._is_lingering:
                 self._close()
             return False
@@ -283,7 +332,7 @@ class Downstream(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.on_client_lost()
             self.exchange = None
-        self.plane.on_closed()
+        self.plane.on_closed(self.forwarded.origin)
 
     def become_tunnel(self) -> bytes:
         """Part from the connection, which a tunnel takes over; return what the client has sent already."""
@@ -297,15 +346,29 @@ class Downstream(asyncio.Protocol):
         """Say whether the client has sent all that it will ever send."""
         return self._eof
 
-    def cut(self) -> None:
+    @property
+    def is_tls(self) -> bool:
+        """Say whether the proxy itself speaks TLS on the connection."""
+        return not self.transport.can_write_eof()
+
+    @property
+    def is_idle(self) -> bool:
+        """Say whether the connection only waits for a next request after one that it has served."""
+        return self._is_kept and self.exchange is None and not self._held
+
+    def cut(self, *, is_delimited: bool) -> None:
         """End the connection after a response that is not whole, so that the client cannot take it for whole.
 
         What was written is flushed; then a reset, since an end of file would look clean to a client that reads until
-        the end of the connection.
+        the end of the connection. Over TLS that is a connection without its closing alert (RFC 8446, section 6.1);
+        `is_delimited` says that the client knows anyway where the response should have ended.
         """
         self.exchange = None
         self._is_lingering = True
         self._await_end()
+        if self.is_tls and not is_delimited:
+            self.transport.abort()
+            return
         link = self.transport.get_extra_info("socket")
         if link is not None and link.family != socket.AF_UNIX and not self.transport.is_closing():
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

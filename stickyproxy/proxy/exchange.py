@@ -10,8 +10,11 @@ timer. Only waiting makes a task: a dial, or an upstream that is to come back.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import re
+import ssl
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +28,7 @@ from stickyproxy.proxy.placement import Placement
 from stickyproxy.proxy.relay import Relay
 from stickyproxy.proxy.respond import write_error
 from stickyproxy.proxy.tunnel import Tunnel
+from stickyproxy.proxy.unsent import count_unsent
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.body import BodyError
 from stickyproxy.wire.forwarded import client_address
@@ -49,6 +53,12 @@ _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b
 _CLIENT_GONE: Final = 499  # nginx's number for a client that went away before its answer
 _MAX_INTERIM: Final = 32  # interim responses to one request; nobody needs more than two
 _SWITCHING: Final = 101
+_EVENT_STREAM: Final = re.compile(rb"(?i:text/event-stream)")  # may be silent for ever
+# What a connection can fail with although the process behind it lives.
+_NOT_DEAD: Final = {
+    "timeout": (504, "the upstream did not accept a connection in time", "connection_timeout"),
+    "tls": (502, "the TLS handshake with the upstream failed", "tls_protocol_error"),
+}
 _LOOK_AGAIN_S: Final = 0.5  # for an upstream that nobody reports as back, since nobody reported it as gone
 
 
@@ -59,6 +69,7 @@ class Exchange:
         "_attempts",
         "_connection",
         "_error",
+        "_idle_s",
         "_interim",
         "_is_over",
         "_keep_alive",
@@ -70,6 +81,7 @@ class Exchange:
         "_sent_at",
         "_started_at",
         "_status",
+        "_unsent_bytes",
         "_wait_until",
         "downstream",
         "head",
@@ -98,6 +110,8 @@ class Exchange:
         self._error = ""
         self._is_over = False
         self._wait_until = 0.0
+        self._idle_s = math.inf  # between two reads of the response's body
+        self._unsent_bytes = 0  # what the slower side had not taken when it was last looked at
 
     # The path
 
@@ -111,8 +125,19 @@ class Exchange:
         elif rest:
             self.downstream.hold(rest)
         self.downstream.deadline = math.inf
+        if head.length > self.plane.settings.body_bytes:
+            self.fail(_too_large())
+            return
+        if head.is_upgrade and not self._allows_origin():
+            self.fail(RequestError("WebSockets from this origin are not allowed", status=403,
+                                   proxy_status="http_request_denied"))  # fmt: skip
+            return
         self._place.read_token()
         self._choose_and_attempt()
+
+    def _allows_origin(self) -> bool:
+        rules, section = self.plane.settings.origins, self.head.section
+        return rules is None or rules.allows(find_field(section, b"origin") or None, self.head.host)
 
     def _choose_and_attempt(self, *, has_waited: bool = False) -> None:
         """Choose an upstream and try it; wait for it, or answer, where there is none."""
@@ -145,11 +170,9 @@ class Exchange:
         connection.transport.write(
             write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
         )
-        timeouts = self.plane.settings.timeouts
+        self._rearm()
         if self._request is None:
-            self.downstream.deadline = self.plane.now + timeouts.response_s
             return
-        self.downstream.deadline = self.plane.now + timeouts.body_idle_s
         self.downstream.resume_reading()  # before anything is written, which may pause it again
         rest, self._rest = self._rest, b""
         if rest:
@@ -166,16 +189,28 @@ class Exchange:
         except BodyError as error:
             self.fail(RequestError(str(error), phase="body"))
             return
+        if relay.relayed_bytes > self.plane.settings.body_bytes:
+            self.fail(_too_large())
+            return
         if framed:
             connection.transport.write(framed)
-        timeouts = self.plane.settings.timeouts
         if relay.is_done:
             self.is_reading_request = False
             self.downstream.hold(relay.excess)
-            has_begun = self._response_head is not None
-            self.downstream.deadline = math.inf if has_begun else self.plane.now + timeouts.response_s
+        self._rearm()
+
+    def _rearm(self) -> None:
+        """Set the deadline for what is to come next."""
+        timeouts, downstream = self.plane.settings.timeouts, self.downstream
+        if self.is_reading_request:
+            timeout_s = timeouts.body_idle_s
+        elif self._response_head is None:
+            timeout_s = timeouts.websocket_handshake_s if self.head.is_upgrade else timeouts.response_s
+        elif downstream.is_blocked:
+            timeout_s = timeouts.send_s
         else:
-            self.downstream.deadline = self.plane.now + timeouts.body_idle_s
+            timeout_s = self._idle_s
+        downstream.deadline = self.plane.now + timeout_s
 
     def on_response_head(self, head: ResponseHead, rest: bytes) -> None:
         """Pass on the head, with the affinity cookie where one is due, and what there is of the body."""
@@ -191,8 +226,6 @@ class Exchange:
         pool.counters.response.observe(perf_counter() - self._sent_at)
         if self.is_reading_request:
             self._keep_alive = False  # the rest of the body may never come
-        else:
-            self.downstream.deadline = math.inf
         length = head.length
         is_chunked = length < 0 and not self.head.is_http_10
         if (length < 0 and not is_chunked) or self.plane.is_stopping:
@@ -207,6 +240,8 @@ class Exchange:
             self._finish(is_reusable=False)
         else:
             self._response = Relay(length, self.plane.settings, is_chunked=is_chunked)
+            if not _EVENT_STREAM.match(find_field(head.section, b"content-type")):
+                self._idle_s = self.plane.settings.timeouts.response_idle_s
             self._relay_response(self._response, rest, out)
 
     def _write_response_head(self, head: ResponseHead, *, is_chunked: bool) -> bytes:
@@ -244,7 +279,7 @@ class Exchange:
         downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
         pool.counters.response.observe(perf_counter() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
-        tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record)
+        tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record, downstream.forwarded.origin)
         self._connection = connection.exchange = None
         self._record("ok")
         early = downstream.become_tunnel()
@@ -270,8 +305,11 @@ class Exchange:
             self.downstream.transport.write(head)
             self._truncate(f"the upstream sent {error}")
             return
+        downstream = self.downstream
+        if not (self.is_reading_request or downstream.is_blocked):
+            downstream.deadline = self.plane.now + self._idle_s  # the write below sets another where it is not taken
         if head or framed:
-            self.downstream.transport.write(head + framed if head else framed)
+            downstream.transport.write(head + framed if head else framed)
         if relay.is_done:
             response = self._response_head
             self._finish(is_reusable=response is not None and response.keep_alive and not relay.excess)
@@ -371,7 +409,7 @@ class Exchange:
             self._on_unreachable(pool, "timeout")
         except OSError as error:
             logger.warning("cannot connect to upstream %s: %s", pool.upstream_id, error)
-            self._on_unreachable(pool, "error")
+            self._on_dial_error(pool, error)
         else:
             if pool.digest not in self.plane.snapshot.pinnable:
                 self.plane.report(pool.upstream_id, HealthEvent.CONNECTED)
@@ -382,14 +420,20 @@ class Exchange:
             else:
                 self._send(connection)
 
+    def _on_dial_error(self, pool: Pool, error: OSError) -> None:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            self.fail(UpstreamUnavailable("the proxy has no descriptor left", proxy_status="proxy_internal_error"))
+        else:
+            self._on_unreachable(pool, "tls" if isinstance(error, ssl.SSLError) else "error")
+
     def _on_unreachable(self, pool: Pool, outcome: str) -> None:
         pool.counters.attempts[outcome] += 1
         if self._is_over:
             return
-        if outcome == "timeout" and self._place.is_pinned:
-            # Slow is not dead: the client keeps its pin, and hears that its upstream did not answer.
-            self.fail(ResponseError("the upstream did not accept a connection in time", status=504, phase="connect",
-                                    proxy_status="connection_timeout"))  # fmt: skip
+        if self._place.is_pinned and outcome in _NOT_DEAD:
+            # The client keeps its pin, and hears what is wrong with its upstream.
+            status, reason, proxy_status = _NOT_DEAD[outcome]
+            self.fail(ResponseError(reason, status=status, phase="connect", proxy_status=proxy_status))
             return
         self._place.leave()
         self._place.give_up(pool)
@@ -407,7 +451,7 @@ class Exchange:
             else:
                 self.fail(ResponseError("the upstream closed the connection without answering",
                                         proxy_status="connection_terminated"))  # fmt: skip
-        elif response.length == UNTIL_CLOSE and error is None and relay is not None:
+        elif response.length == UNTIL_CLOSE and connection.has_eof and error is None and relay is not None:
             self.downstream.transport.write(relay.end())
             self._finish(is_reusable=False)
         else:
@@ -452,7 +496,7 @@ class Exchange:
         self._error = reason
         self._record("truncated")
         logger.warning("response cut for request %s: %s", self.request_id.decode(), reason)
-        self.downstream.cut()
+        self.downstream.cut(is_delimited=self._response is not None and self._response.is_delimited)
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
@@ -460,42 +504,72 @@ class Exchange:
             connection.release(reusable=False)
 
     def on_timeout(self) -> None:
-        """Act on the deadline of the downstream: no more of the body, or no head of the response."""
+        """Act on the deadline of the downstream: what was to come next has not come."""
         if self.is_reading_request and self.downstream.is_paused:
-            self.fail(ResponseError("the upstream did not take the request body in time", status=504,
-                                    proxy_status="http_response_timeout"))  # fmt: skip
+            if not self._is_taken(self._connection):
+                self.fail(ResponseError("the upstream did not take the request body in time", status=504,
+                                        proxy_status="http_response_timeout"))  # fmt: skip
         elif self.is_reading_request:
             self.fail(RequestError("the request body did not arrive in time", status=408, phase="body"))
-        else:
+        elif self._response_head is None:
             self.fail(ResponseError("the upstream did not answer in time", status=504,
                                     proxy_status="http_response_timeout"))  # fmt: skip
+        elif not self.downstream.is_blocked:
+            self._truncate("the upstream sent nothing more of its response in time")
+        elif not self._is_taken(self.downstream):
+            self._give_up("the client took nothing of the response in time")
+            self.downstream.abort()
+
+    def _is_taken(self, side: Downstream | UpstreamConnection | None) -> bool:
+        """Say whether a side has taken something since it was last looked at: slow, but it goes on."""
+        before, self._unsent_bytes = self._unsent_bytes, 0 if side is None else count_unsent(side.transport)
+        if self._unsent_bytes < before:
+            self._rearm()
+            return True
+        return False
 
     def on_client_lost(self) -> None:
         """Stop work for a client that went away; its upstream sees the connection close, and is not blamed."""
-        if self._is_over:
-            return
+        if not self._is_over:
+            self._give_up("the client went away")
+
+    def _give_up(self, reason: str) -> None:
         self._drop_connection()
         self._status = _CLIENT_GONE
-        self._error = "the client went away"
+        self._error = reason
         self._record("client_gone")
 
     def resume_request(self) -> None:
         """Take more of the request, whose upstream has taken what there was; the client's time begins anew."""
         if self.is_reading_request:
-            self.downstream.deadline = self.plane.now + self.plane.settings.timeouts.body_idle_s
+            self._rearm()
         self.downstream.resume_reading()
+
+    def pause_request(self) -> None:
+        """Take no more of the request while its upstream takes none."""
+        self.downstream.pause_reading()
+        if self._connection is not None:
+            self._unsent_bytes = count_unsent(self._connection.transport)
 
     def pause_response(self) -> None:
         """Read no more of the response while the client takes none."""
         if self._connection is not None:
             self._connection.transport.pause_reading()
+            if not self.is_reading_request:
+                self._unsent_bytes = count_unsent(self.downstream.transport)
+                self._rearm()
 
     def resume_response(self) -> None:
         """Read the response again."""
         if self._connection is not None:
             self._connection.transport.resume_reading()
+            self._rearm()
 
     @override
     def __repr__(self) -> str:
         side = "request" if self.is_reading_request else "response" if self._response_head else "waiting"
         return f"<Exchange {self.head.method.decode('latin-1')} {side} attempts={self._attempts}>"
+
+
+def _too_large() -> RequestError:
+    return RequestError("the request body is too large", status=413, phase="body")

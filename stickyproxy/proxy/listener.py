@@ -1,4 +1,4 @@
-"""A bound socket that accepts clients."""
+"""A bound socket that accepts clients, and what it does before the first request: PROXY protocol and TLS."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import errno
 import os
 import socket
 import stat
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy.downstream import Downstream
+from stickyproxy.proxy.handshake import Handshake
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter, is_in
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     from stickyproxy.config import Address
     from stickyproxy.proxy.plane import Plane
+    from stickyproxy.wire.proxy_protocol import ProxyHeader
 
 _BACKLOG: Final = 4096  # a thousand clients that reconnect at once must not be refused
 _MAX_WRITERS: Final = 4096
@@ -75,55 +79,105 @@ def _explain(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a listener is for, beside plain HTTP.
+
+    `redirect_to_https` is the port that its clients are sent to; `proxy_protocol` says that each connection begins
+    with a PROXY protocol header, which only trusted proxies may send.
+    """
+
+    tls: ssl.SSLContext | None = None
+    proxy_protocol: bool = False
+    redirect_to_https: int | None = None
+
+
 class Listener:
     """One bound socket; `address` is where it really listens, with the port that the system chose for port 0."""
 
-    def __init__(self, plane: Plane, link: socket.socket, address: Address) -> None:
+    def __init__(self, plane: Plane, link: socket.socket, address: Address, role: Role | None = None) -> None:
         self._plane = plane
         self._link = link
         self.address = address
         self.port = "" if address.path else str(link.getsockname()[1])
+        self.role = role or Role()
         self._server: asyncio.Server | None = None
-        self._writers: dict[str, ForwardedWriter] = {}
+        self._is_closed = False
+        self._writers: dict[tuple[str, str, bool], ForwardedWriter] = {}
 
     async def start(self) -> None:
-        """Begin to accept."""
+        """Begin to accept, or go on after a pause."""
+        if self._server is not None or self._is_closed:
+            return
         loop = self._plane.loop
-        make = lambda: Downstream(self._plane, self)  # noqa: E731 -- the factory that asyncio asks for
+        # The server gets a descriptor of its own: it closes it, and the socket with its queue stays for the next one.
+        link = self._link.dup()
         if self.address.path:
-            self._server = await loop.create_unix_server(make, sock=self._link, backlog=_BACKLOG)
+            self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG)
         else:
-            self._server = await loop.create_server(make, sock=self._link, backlog=_BACKLOG)
+            self._server = await loop.create_server(self._accept, sock=link, backlog=_BACKLOG)
+        if not self._plane.gate.is_open:  # meanwhile
+            self.pause()
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        role = self.role
+        self._plane.counters.connections += 1
+        if role.tls is None and not role.proxy_protocol:
+            return Downstream(self._plane, self)
+        return Handshake(self._plane, self)
+
+    def pause(self) -> None:
+        """Accept nobody for now; who connects waits in the kernel's queue until `start`."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
 
     def close(self) -> None:
         """Accept nobody any more; connections already open go on."""
-        if self._server is not None:
-            self._server.close()
+        self._is_closed = True
+        self.pause()
+        self._link.close()
         if self.address.path:
             Path(self.address.path).unlink(missing_ok=True)
 
-    def forwarded_writer(self, transport: asyncio.BaseTransport) -> ForwardedWriter:
-        """Return what writes the fields about the client of a connection; shared by all from one address."""
-        peer = transport.get_extra_info("peername")
-        # A client that has reset the connection before it was accepted has no address any more.
-        address = peer[0] if isinstance(peer, tuple) else "unix" if self.address.path else _UNKNOWN
-        writer = self._writers.get(address)
+    def forwarded_writer(self, transport: asyncio.BaseTransport, header: ProxyHeader | None = None) -> ForwardedWriter:
+        """Return what writes the fields about the client of a connection; shared by all from one address.
+
+        Where a trusted proxy has named the client in a PROXY protocol header, that is the client.
+        """
+        if header is not None and header.source is not None:
+            key = (header.source, str(header.destination_port), header.is_tls or self.role.tls is not None)
+        else:
+            key = (self.peer_address(transport), self.port, self.role.tls is not None)
+        writer = self._writers.get(key)
         if writer is None:
             if len(self._writers) >= _MAX_WRITERS:
                 self._writers.clear()
-            writer = self._writers[address] = self._make_writer(address)
+            writer = self._writers[key] = self._make_writer(*key)
         return writer
 
-    def _make_writer(self, address: str) -> ForwardedWriter:
+    def peer_address(self, transport: asyncio.BaseTransport) -> str:
+        """Return the address at the other end of a connection as text, or "unix"."""
+        peer = transport.get_extra_info("peername")
+        # A client that has reset the connection before it was accepted has no address any more.
+        return peer[0] if isinstance(peer, tuple) else "unix" if self.address.path else _UNKNOWN
+
+    def _make_writer(self, address: str, port: str, is_https: bool) -> ForwardedWriter:  # noqa: FBT001 -- a key's parts
+        settings = self._plane.settings
+        origin = ConnectionOrigin(canonical(address), port, is_https, self.is_trusted(address))
+        return ForwardedWriter(origin, forwarded=settings.forwarded, prefix=settings.prefix)
+
+    def is_trusted(self, address: str) -> bool:
+        """Say whether an address, or "unix", is that of a trusted proxy."""
         settings = self._plane.settings
         if address == "unix":
-            is_trusted = settings.trusts_unix
-        elif address == _UNKNOWN:
-            is_trusted = False
-        else:
-            parsed = ip_address(address.partition("%")[0])
-            mapped = getattr(parsed, "ipv4_mapped", None)
-            address = str(mapped or parsed)
-            is_trusted = is_in(mapped or parsed, settings.trusted)
-        origin = ConnectionOrigin(address, self.port, is_https=False, is_trusted=is_trusted)
-        return ForwardedWriter(origin, forwarded=settings.forwarded, prefix=settings.prefix)
+            return settings.trusts_unix
+        return address != _UNKNOWN and is_in(ip_address(address.partition("%")[0]), settings.trusted)
+
+
+def canonical(address: str) -> str:
+    """Return an address without its zone, and an IPv4-mapped one as the IPv4 address that it is."""
+    if address in {"unix", _UNKNOWN}:
+        return address
+    parsed = ip_address(address.partition("%")[0])
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)

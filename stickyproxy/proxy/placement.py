@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FULL_RETRY_S = 10  # sessions end by the minute
+
 
 class Placement:
     """The placement of one exchange; `pool` is the upstream's that it is counted at, None before and after."""
@@ -79,6 +81,9 @@ class Placement:
         self.outcome = choice.outcome
         if choice.outcome is Outcome.WAIT:
             return None
+        if choice.outcome is Outcome.FULL:
+            raise UpstreamUnavailable("every upstream holds as many sessions as it may",
+                                      proxy_status="connection_limit_reached", retry_after_s=_FULL_RETRY_S)  # fmt: skip
         if choice.upstream is None:
             raise UpstreamUnavailable("no upstream can take the request")
         pool = plane.pools[choice.upstream.digest]

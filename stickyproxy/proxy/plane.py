@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Final
 from stickyproxy.affinity.policy import Chance
 from stickyproxy.affinity.token import CLIENT_ID_BYTES
 from stickyproxy.observe.counters import PlaneCounters
+from stickyproxy.proxy.addresses import AddressCounts
+from stickyproxy.proxy.gate import Gate
 from stickyproxy.proxy.pool import Pool
+from stickyproxy.proxy.settings import OFF
 from stickyproxy.wire.cookies import CookieReader, CookieWriter
 
 if TYPE_CHECKING:
@@ -22,13 +25,15 @@ if TYPE_CHECKING:
     from stickyproxy.affinity.health import HealthEvent
     from stickyproxy.affinity.sessions import SessionTable
     from stickyproxy.affinity.snapshot import Snapshot, Upstream
-    from stickyproxy.config import Address
     from stickyproxy.observe.record import Record
     from stickyproxy.proxy.downstream import Downstream
+    from stickyproxy.proxy.endpoint import Endpoint
+    from stickyproxy.proxy.handshake import Handshake
     from stickyproxy.proxy.settings import Settings
     from stickyproxy.proxy.tunnel import Tunnel
+    from stickyproxy.wire.forwarded import ConnectionOrigin
 
-TICK_S: Final = 0.5
+TICK_S: Final = 0.25
 _PLACED_WINDOW_S: Final = 5.0
 _CLIENT_IDS_AT_ONCE: Final = 256
 
@@ -52,12 +57,20 @@ class Plane:
         self.sessions = sessions
         self.report = report
         self.log = log
+        self.random = random
         self.chance = Chance(random)
         self.counters = PlaneCounters()
         self.snapshot: Snapshot
         self.pools: dict[bytes, Pool] = {}
+        self.handshakes: set[Handshake] = set()
         self.downstreams: set[Downstream] = set()
         self.tunnels: set[Tunnel] = set()
+        self.gate = Gate(self, settings.connections)
+        self.addresses = AddressCounts(settings.connections_per_address)
+        timeouts = settings.timeouts
+        self._sweeps_tunnels = (
+            settings.pings is not None or min(timeouts.tunnel_idle_s, timeouts.tunnel_max_age_s) < OFF
+        )
         self.is_stopping = False
         self._is_empty = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -71,16 +84,16 @@ class Plane:
         self._next_window = self.now + _PLACED_WINDOW_S
         self._ticker = self.loop.call_later(TICK_S, self._tick)
 
-    def publish(self, snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
-        """Take a new routing state: one assignment. `addresses` are those of its upstreams, by id.
+    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
+        """Take a new routing state: one assignment. `endpoints` are those of its upstreams, by id.
 
         Open exchanges and tunnels keep the upstream that they have; requests that wait look again.
         """
         for upstream in snapshot.upstreams:
             pool = self.pools.get(upstream.digest)
-            if pool is None or pool.address != addresses[upstream.id]:
-                renewed = Pool(self, upstream.id, upstream.digest, addresses[upstream.id])
-                if pool is not None:  # the same upstream at another address: what was counted of it goes on
+            if pool is None or pool.endpoint != endpoints[upstream.id]:
+                renewed = Pool(self, upstream.id, upstream.digest, endpoints[upstream.id])
+                if pool is not None:  # the same upstream at another place: what was counted of it goes on
                     renewed.counters = pool.counters
                     pool.close()
                 self.pools[upstream.digest] = renewed
@@ -119,12 +132,29 @@ class Plane:
     def stop(self) -> None:
         """Close idle connections and let busy ones end with their exchange; listeners are closed by their owner."""
         self.is_stopping = True
+        for handshake in tuple(self.handshakes):
+            handshake.abort()
         for downstream in tuple(self.downstreams):
             downstream.stop()
 
-    def on_closed(self) -> None:
-        """Note that a connection or a tunnel has ended; the last one ends the wait of `wait_until_empty`."""
-        if self.is_stopping and not self.downstreams and not self.tunnels:
+    @property
+    def connections(self) -> int:
+        """Return how many connections of clients are open, whatever they are at."""
+        return len(self.downstreams) + len(self.tunnels) + len(self.handshakes)
+
+    def on_accepted(self) -> None:
+        """Note that a client has connected."""
+        self.gate.on_accepted()
+
+    def on_closed(self, origin: ConnectionOrigin | None = None) -> None:
+        """Note that a connection of a client has ended; the last one ends the wait of `wait_until_empty`.
+
+        `origin` is that of a connection that came as far as to be counted by its address.
+        """
+        if origin is not None:
+            self.addresses.release(origin)
+        self.gate.on_closed()
+        if self.is_stopping and not self.connections:
             self._is_empty.set()
 
     async def wait_until_empty(self) -> None:
@@ -136,6 +166,8 @@ class Plane:
         """End everything at once."""
         self.is_stopping = True
         self._ticker.cancel()
+        for handshake in tuple(self.handshakes):
+            handshake.abort()
         for downstream in tuple(self.downstreams):
             downstream.abort()
         for tunnel in tuple(self.tunnels):
@@ -149,9 +181,12 @@ class Plane:
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         for downstream in [one for one in self.downstreams if one.deadline <= now]:
             downstream.on_deadline()
-        if self.settings.timeouts.tunnel_idle_s != float("inf"):
+        for handshake in [one for one in self.handshakes if one.deadline <= now]:
+            handshake.abort()
+        if self._sweeps_tunnels:
             for tunnel in tuple(self.tunnels):
-                tunnel.check_idle(now)
+                tunnel.sweep(now)
+        self.gate.sweep()
         for pool in self.pools.values():
             pool.expire(now)
         self.sessions.expire(now)

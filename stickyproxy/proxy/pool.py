@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -11,12 +12,14 @@ from stickyproxy.observe.counters import UpstreamCounters
 from stickyproxy.proxy.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
-    from stickyproxy.config import Address
+    from stickyproxy.proxy.endpoint import Endpoint
     from stickyproxy.proxy.plane import Plane
 
 # A request that must not be repeated gets a connection that was used this recently, or a new one: the shortest
 # keep-alive among Python servers is gunicorn's 2 s.
 _FRESH_S: Final = 1.5
+_CLOSE_S: Final = 0.01  # the loop closes descriptors in its next turns
+_SHUTDOWN_S: Final = 60.0  # for an upstream to take the last bytes over TLS and to close too
 
 
 class Pool:
@@ -29,10 +32,10 @@ class Pool:
 
     __slots__ = (
         "_plane",
-        "address",
         "authority",
         "counters",
         "digest",
+        "endpoint",
         "idle",
         "is_closed",
         "placed",
@@ -41,12 +44,12 @@ class Pool:
         "upstream_id",
     )
 
-    def __init__(self, plane: Plane, upstream_id: str, digest: bytes, address: Address) -> None:
+    def __init__(self, plane: Plane, upstream_id: str, digest: bytes, endpoint: Endpoint) -> None:
         self._plane = plane
         self.upstream_id = upstream_id
         self.digest = digest
-        self.address = address
-        self.authority = b"localhost" if address.is_unix else str(address).encode("ascii")
+        self.endpoint = endpoint
+        self.authority = endpoint.authority
         self.idle: list[UpstreamConnection] = []
         self.is_closed = False
         self.strangers = 0
@@ -76,24 +79,49 @@ class Pool:
         return self._plane.settings.buffer_bytes
 
     async def dial(self) -> UpstreamConnection:
-        """Open a new connection; raise OSError, or TimeoutError (which is one) after the connect timeout."""
-        address = self.address
-        loop = self._plane.loop
-        async with asyncio.timeout(self._plane.settings.timeouts.connect_s):
+        """Open a new connection; raise OSError, or TimeoutError (which is one) after the connect timeout.
+
+        Where no descriptor is left, the idle connections of all upstreams are given up for it.
+        """
+        try:
+            return await self._dial()
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                raise
+        for pool in self._plane.pools.values():
+            pool.empty()
+        await asyncio.sleep(_CLOSE_S)
+        return await self._dial()
+
+    async def _dial(self) -> UpstreamConnection:
+        plane, endpoint = self._plane, self.endpoint
+        address, tls = endpoint.address, endpoint.tls
+        async with asyncio.timeout(plane.settings.timeouts.connect_s):
             if address.path:
-                _, connection = await loop.create_unix_connection(lambda: UpstreamConnection(self), address.path)
-            else:
-                _, connection = await loop.create_connection(
-                    lambda: UpstreamConnection(self), address.host, address.port
+                _, connection = await plane.loop.create_unix_connection(lambda: UpstreamConnection(self), address.path)
+            elif tls is None:
+                _, connection = await plane.loop.create_connection(
+                    lambda: UpstreamConnection(self), endpoint.ip or address.host, address.port
                 )
+            else:
+                transport, connection = await plane.loop.create_connection(
+                    lambda: UpstreamConnection(self),
+                    endpoint.ip or address.host,
+                    address.port,
+                    ssl=tls,
+                    server_hostname=endpoint.server_name or address.host,
+                    ssl_shutdown_timeout=_SHUTDOWN_S,
+                )
+                transport.set_read_buffer_limits(plane.settings.buffer_bytes)  # type: ignore[attr-defined]  # of uvloop
         return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose exchange has ended cleanly, unless there are enough."""
-        if self.is_closed or len(self.idle) >= self._plane.settings.idle_connections:
+        plane = self._plane
+        if self.is_closed or len(self.idle) >= plane.settings.idle_connections or not plane.gate.is_open:
             connection.close()
             return
-        connection.idle_since = self._plane.now
+        connection.idle_since = plane.now
         self.idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
@@ -107,11 +135,15 @@ class Pool:
         while self.idle and self.idle[0].idle_since <= limit:
             self.idle.pop(0).close()
 
+    def empty(self) -> None:
+        """Close the idle connections."""
+        while self.idle:
+            self.idle.pop().close()
+
     def close(self) -> None:
         """Close the idle connections and keep none from now on; busy ones end with their exchange."""
         self.is_closed = True
-        while self.idle:
-            self.idle.pop().close()
+        self.empty()
 
     @override
     def __repr__(self) -> str:

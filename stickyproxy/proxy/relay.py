@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Relay:
     """One body. `relayed_bytes` counts its payload; `is_done` turns true with the last byte of its framing."""
 
-    __slots__ = ("_is_chunked", "_reader", "relayed_bytes")
+    __slots__ = ("_is_chunked", "_reader", "is_delimited", "relayed_bytes")
 
     def __init__(self, length: int, settings: Settings, *, is_chunked: bool) -> None:
         """Relay a body of `length` bytes, CHUNKED or UNTIL_CLOSE; `is_chunked` says how it is sent on."""
@@ -27,6 +27,8 @@ class Relay:
         else:
             self._reader = LengthReader(length)
         self._is_chunked = is_chunked
+        self.is_delimited = is_chunked or length >= 0
+        """Whether the receiver can tell a body that was cut from a whole one by its framing."""
         self.relayed_bytes = 0
 
     def feed(self, data: bytes) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from stickyproxy.wire.headers import find_field
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
     from stickyproxy.wire.request_head import RequestHead
 
+REDIRECT: Final = 308  # RFC 9110, section 15.4.9: the method stays what it was
+_HTTPS_PORT: Final = 443
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{status} {phrase}</title>
@@ -49,6 +52,18 @@ def write_error(error: ExchangeError, head: RequestHead | None, request_id: byte
         lines.append("Connection: keep-alive")
     text = "\r\n".join(lines).encode("ascii", "replace") + b"\r\n\r\n"
     return text if head is not None and head.method == b"HEAD" else text + body
+
+
+def write_redirect(head: RequestHead, port: int, request_id: bytes, *, keep_alive: bool) -> bytes:
+    """Return the response that sends a client to the same target over TLS, at the `port` of the host it named."""
+    name = head.host if head.host.endswith(b"]") else re.sub(rb":[0-9]*\Z", b"", head.host)
+    place = name if port == _HTTPS_PORT else b"%b:%d" % (name, port)
+    target = head.target if head.target.startswith(b"/") else b"/"
+    connection = b"" if keep_alive else b"Connection: close\r\n"
+    return (
+        b"HTTP/1.1 308 Permanent Redirect\r\nLocation: https://%b%b\r\nContent-Length: 0\r\nX-Request-ID: %b\r\n%b\r\n"
+        % (place, target, request_id, connection)
+    )
 
 
 def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_id: str) -> tuple[str, bytes]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from typing_extensions import override
 
+from stickyproxy.proxy.pinger import Pinger
 from stickyproxy.wire.frames import (
     ABNORMAL,
     BAD_GATEWAY,
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from stickyproxy.observe.record import Record
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.proxy.pool import Pool
+    from stickyproxy.wire.forwarded import ConnectionOrigin
+    from stickyproxy.wire.pings import PongFilter
 
 Initiator = Literal["client", "upstream", "proxy"]
-_RETRY_S: Final = 0.1  # between two looks for a frame boundary; only while a tunnel is being closed
 _FLUSH_S: Final = 60.0  # for a side to take the last bytes once the tunnel is over (nginx: send_timeout 60 s)
 
 
@@ -48,7 +50,7 @@ _DISCARD: Final = _Discard()
 class Side(asyncio.Protocol):
     """One of the two connections; `other` is the transport that its bytes go to, `scanner` reads what it sends."""
 
-    __slots__ = ("is_eof", "other", "received_bytes", "scanner", "transport", "tunnel")
+    __slots__ = ("filter", "is_eof", "other", "received_bytes", "scanner", "transport", "tunnel")
 
     def __init__(
         self, tunnel: Tunnel, transport: asyncio.Transport, other: asyncio.Transport, counts: list[int]
@@ -59,9 +61,14 @@ class Side(asyncio.Protocol):
         self.scanner = FrameScanner(counts)
         self.received_bytes = 0
         self.is_eof = False
+        self.filter: PongFilter | None = None  # while a Ping of the proxy's own is unanswered
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self.filter is not None:
+            data = self.filter.feed(data)
+            if self.filter.pongs and self.filter.is_at_rest:
+                self.filter = None
         self.other.write(data)
         self.received_bytes += len(data)
         self.scanner.feed(data)
@@ -69,8 +76,10 @@ class Side(asyncio.Protocol):
     @override
     def eof_received(self) -> bool:
         self.is_eof = True
+        if self.filter is not None and self.filter.held:
+            self.other.write(self.filter.held)
         self.tunnel.on_eof(self)
-        return True
+        return self.transport.can_write_eof()  # not over TLS, which uvloop ends with its first half
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -85,14 +94,53 @@ class Side(asyncio.Protocol):
         self.tunnel.opposite(self).transport.resume_reading()
 
 
+class _Ending(asyncio.Protocol):
+    """Stands before a side in the middle of a frame: passes on the rest of it, and then ends what the side sends."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        side, at = self._side, 0
+        scanner = side.scanner
+        while at < len(data) and not scanner.is_at_boundary:
+            piece = data[at : at + (scanner.left_bytes or 1)]  # byte by byte while the size of the frame is unknown
+            at += len(piece)
+            side.data_received(piece)
+        if scanner.is_at_boundary:
+            side.transport.set_protocol(side)
+            side.tunnel.close_direction(side)
+            if at < len(data):
+                side.data_received(data[at:])
+
+    @override
+    def eof_received(self) -> bool:
+        return self._side.eof_received()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._side.connection_lost(exc)
+
+    @override
+    def pause_writing(self) -> None:
+        self._side.pause_writing()
+
+    @override
+    def resume_writing(self) -> None:
+        self._side.resume_writing()
+
+
 class Tunnel:
     """A WebSocket on its way through the proxy. `client` and `upstream` are its sides once it is open."""
 
     __slots__ = (
         "_cause",
+        "_ends_at",
         "_initiator",
         "_is_over",
-        "_is_shut",
+        "_origin",
+        "_pinger",
         "_plane",
         "_pool",
         "_record",
@@ -100,6 +148,7 @@ class Tunnel:
         "_seen_at",
         "_seen_bytes",
         "_session",
+        "_shut_as",
         "_started_at",
         "_timer",
         "client",
@@ -109,21 +158,28 @@ class Tunnel:
     client: Side
     upstream: Side
 
-    def __init__(self, plane: Plane, pool: Pool, session: Session | None, record: Record | None) -> None:
+    def __init__(
+        self, plane: Plane, pool: Pool, session: Session | None, record: Record | None, origin: ConnectionOrigin
+    ) -> None:
         self._plane = plane
         self._pool = pool
         self._session = session
         # Only a log needs the facts of the handshake; an idle tunnel should cost little.
         self._record = record
+        self._origin = origin
         self._started_at = perf_counter()
         self._initiator: Initiator | None = None
         self._cause = ""
         self._said = 0  # the code of the Close frame that the proxy sent of its own
         self._is_over = False
-        self._is_shut = False
+        self._shut_as: tuple[int, str, str] | None = None  # code, reason and cause
         self._timer: asyncio.TimerHandle | None = None
         self._seen_bytes = 0
         self._seen_at = plane.now
+        timeouts, pings = plane.settings.timeouts, plane.settings.pings
+        jitter = 1 + timeouts.tunnel_max_age_jitter_percent / 100 * (2 * plane.random() - 1)
+        self._ends_at = plane.now + timeouts.tunnel_max_age_s * jitter
+        self._pinger = None if pings is None else Pinger(pings, plane.now)
 
     def open(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
         """Take over both connections; the 101 has been passed on."""
@@ -178,46 +234,78 @@ class Tunnel:
 
     def shut(self, code: int = GOING_AWAY, reason: str = "the proxy is going away", cause: str = "stopping") -> None:
         """Close both sides with a Close frame, each at its next frame boundary, and cut them if they do not follow."""
-        if not (self._is_over or self._is_shut):
-            self._is_shut = True
-            self._seen_bytes = -1
-            self._shut_at_boundary(code, reason, cause)
-
-    def _shut_at_boundary(self, code: int, reason: str, cause: str, until: float = 0.0) -> None:
-        """Shut now, or look again soon; a tunnel stuck in the middle of a frame is cut."""
-        loop, linger_s = self._plane.loop, self._plane.settings.timeouts.linger_s
+        if self._is_over or self._shut_as is not None:
+            return
+        self._shut_as = code, reason, cause
         if self._initiator is not None or self._has_close:  # it is ending already, and not waited for any longer
             self._blame(self.client, cause)
             if not (self._has_close or self.upstream.is_eof):
                 self._say_close(code, reason)
-            self._end_within(linger_s)
+            self._end_within(self._plane.settings.timeouts.linger_s)
             return
-        if not (self.client.scanner.is_at_boundary and self.upstream.scanner.is_at_boundary):
-            passed, before = self.client.received_bytes + self.upstream.received_bytes, self._seen_bytes
-            self._seen_bytes = passed
-            until = until if passed == before else loop.time() + linger_s
-            if loop.time() < until:
-                self._timer = loop.call_later(_RETRY_S, self._shut_at_boundary, code, reason, cause, until)
+        for side in (self.client, self.upstream):
+            if side.scanner.is_at_boundary:
+                self.close_direction(side)
             else:
-                self._initiator, self._cause = "proxy", cause
-                self._end()
-            return
-        self._initiator, self._cause = "proxy", cause
-        self.client.transport.write(write_close(code, reason))
-        self.upstream.transport.write(write_close(code, reason, mask=os.urandom(4)))
-        self.client.other = self.upstream.other = _DISCARD
-        self._said = code
-        self._end_within(linger_s)
+                side.transport.set_protocol(_Ending(side))
+        if self._timer is None:
+            self._wait_for_boundary(-1)
 
-    def check_idle(self, now: float) -> None:
-        """Close the tunnel if nothing has passed for the idle timeout. `now` is coarse monotonic seconds."""
-        if self._is_shut:
+    def close_direction(self, side: Side) -> None:
+        """End what a side sends, at a frame boundary, with a Close frame to the other; what still comes is dropped."""
+        if self._is_over or self._shut_as is None or side.other is _DISCARD:
+            return
+        code, reason, cause = self._shut_as
+        opposite = self.opposite(side)
+        if not side.scanner.close_code:
+            mask = os.urandom(4) if opposite is self.upstream else None
+            opposite.transport.write(write_close(code, reason, mask=mask))
+            if self._initiator is None:
+                self._initiator, self._cause = "proxy", cause
+            if opposite is self.client:
+                self._said = code
+        side.other = _DISCARD
+        if opposite.other is _DISCARD:
+            self._end_within(self._plane.settings.timeouts.linger_s)
+
+    def _wait_for_boundary(self, before: int) -> None:
+        """Wait for a side in the middle of a frame for as long as it goes on; one that is stuck there is cut."""
+        passed = self.client.received_bytes + self.upstream.received_bytes
+        if passed == before:
+            self._blame_proxy()
+            self._end()
+        else:
+            linger_s = self._plane.settings.timeouts.linger_s
+            self._timer = self._plane.loop.call_later(linger_s, self._wait_for_boundary, passed)
+
+    def _blame_proxy(self) -> None:
+        if self._initiator is None and self._shut_as is not None:
+            self._initiator, self._cause = "proxy", self._shut_as[2]
+
+    def sweep(self, now: float) -> None:
+        """Close the tunnel if it is too old, or idle for too long, or a side is gone; send the Pings that are due.
+
+        `now` is coarse monotonic seconds.
+        """
+        if self._is_over or self._shut_as is not None:
             return
         passed = self.client.received_bytes + self.upstream.received_bytes
         if passed != self._seen_bytes:
             self._seen_bytes, self._seen_at = passed, now
         elif now - self._seen_at >= self._plane.settings.timeouts.tunnel_idle_s:
             self.shut(reason="nothing was sent for too long", cause="idle")
+            return
+        if now >= self._ends_at:
+            self.shut(SERVICE_RESTART, "the connection has reached its age", "max_age")
+        elif self._pinger is not None and not self._has_close:
+            silent = self._pinger.sweep(self.client, self.upstream, now)
+            if silent is not None:
+                self._on_silent(silent)
+
+    def _on_silent(self, side: Side) -> None:
+        """Give up a side that has not answered a Ping, and tell the other one."""
+        self._blame(side, "ping_timeout")
+        side.transport.abort()
 
     def abort(self) -> None:
         """Cut both sides at once."""
@@ -264,14 +352,15 @@ class Tunnel:
                 side.transport.abort()
             else:
                 side.transport.close()
-                if side.transport.get_write_buffer_size():
+                # A connection over TLS waits for the other end to close too.
+                if side.transport.get_write_buffer_size() or not side.transport.can_write_eof():
                     self._plane.loop.call_later(_FLUSH_S, side.transport.abort)
         self._count()
 
     def _count(self) -> None:
         plane, counters, client, upstream = self._plane, self._pool.counters, self.client, self.upstream
         plane.tunnels.discard(self)
-        plane.on_closed()
+        plane.on_closed(self._origin)
         client.scanner.peer = upstream.scanner.peer = None
         counters.tunnels_open -= 1
         if self._session is not None:

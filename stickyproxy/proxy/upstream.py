@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 from typing_extensions import override
 
 from stickyproxy.errors import ResponseError
-from stickyproxy.wire.head import find_head_end
+from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.response_head import parse_response_head
 
 if TYPE_CHECKING:
@@ -22,7 +22,17 @@ _BARE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an upstream; idle in its pool, or held by one exchange."""
 
-    __slots__ = ("_held", "exchange", "idle_since", "is_reused", "pool", "reads_head", "transport")
+    __slots__ = (
+        "_held",
+        "_pieces",
+        "exchange",
+        "has_eof",
+        "idle_since",
+        "is_reused",
+        "pool",
+        "reads_head",
+        "transport",
+    )
 
     transport: asyncio.Transport
 
@@ -32,7 +42,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.reads_head = True
         self.idle_since = 0.0
         self.is_reused = False
+        self.has_eof = False
         self._held: bytearray | None = None
+        self._pieces = 0
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,6 +75,8 @@ class UpstreamConnection(asyncio.Protocol):
         if end < 0:
             if self._held is None:
                 self._held = bytearray(data)
+                self._pieces = 0
+            self._pieces += 1
             if len(self._held) > limits.head_bytes:
                 exchange.fail(
                     ResponseError("the response head is too large", proxy_status="http_response_header_section_size")
@@ -71,6 +85,8 @@ class UpstreamConnection(asyncio.Protocol):
                 exchange.fail(ResponseError("the upstream sent an invalid status line"))
             elif _BARE_LINE_FEED.search(self._held, start):  # no head can come of it; do not wait for the timeout
                 exchange.fail(ResponseError("the upstream sent a bare line feed in the response head"))
+            elif self._pieces > MAX_PIECES:
+                exchange.fail(ResponseError("the upstream sent the response head in too many pieces"))
             return
         if self._held is not None:
             data, self._held = bytes(self._held), None
@@ -83,6 +99,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @override
     def eof_received(self) -> bool:
+        self.has_eof = True
         # What it has not taken yet, it would not answer any more; a close would wait until it takes it.
         if self.transport.get_write_buffer_size():
             self.transport.abort()
@@ -98,7 +115,7 @@ class UpstreamConnection(asyncio.Protocol):
     @override
     def pause_writing(self) -> None:
         if self.exchange is not None:
-            self.exchange.downstream.pause_reading()
+            self.exchange.pause_request()
 
     @override
     def resume_writing(self) -> None:

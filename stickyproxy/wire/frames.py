@@ -43,6 +43,16 @@ class FrameScanner:
         """Say whether a frame of one's own may be added now."""
         return not (self._skip or self._held or self.is_lost)
 
+    @property
+    def left_bytes(self) -> int:
+        """Return how many bytes of the current frame have not come; of a lost stream, more than there can be."""
+        return self._skip
+
+    @property
+    def begun(self) -> bytes:
+        """Return what came of a frame whose length, or whose close code, is not known yet: from its first byte on."""
+        return self._held
+
     def feed(self, data: bytes) -> None:  # noqa: C901, PLR0912 -- inlined: it runs for every read of every tunnel
         """Go on with the bytes that came next; constant work for each frame, none for payloads."""
         end = len(data)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
+from stickyproxy.config.address import Address, parse_listener, parse_upstream_url, read_server_name
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 LISTENER_FORMS = (
@@ -82,6 +83,9 @@ def test_what_is_no_listener_is_refused(written: str, message: str) -> None:
         ("HTTP://App-1", Address("app-1", 80)),
         ("http://[::1]", Address("::1", 80)),
         ("http://[::1]:81/", Address("::1", 81)),
+        ("https://127.0.0.1:8001", Address("127.0.0.1", 8001, is_tls=True)),
+        ("HTTPS://App-1/", Address("app-1", 443, is_tls=True)),
+        ("https://[::1]", Address("::1", 443, is_tls=True)),
         ("unix:/run/x.sock", Address(path="/run/x.sock")),
         ("http+unix:///run/x.sock", Address(path="/run/x.sock")),
     ],
@@ -96,7 +100,12 @@ def test_upstream_is_read(written: str, address: Address) -> None:
         ("", UPSTREAM_FORMS),
         ("127.0.0.1:8001", UPSTREAM_FORMS),
         ("ws://127.0.0.1:8001", UPSTREAM_FORMS),
-        ("https://127.0.0.1:8001", "https:// to an upstream comes in a later version; use http://"),
+        ("https://", f"{UPSTREAM_FORMS}: the host is missing"),
+        ("https://a:0", "expected a port from 1 to 65535 after the last colon"),
+        ("https://a:443/app", "the URL of an upstream has no path: a request keeps its own; write https://host:port"),
+        ("https://a?x", "the URL of an upstream has no query; write https://host:port"),
+        ("https://me:password@a", "the URL of an upstream has no user name or password; write https://host:port"),
+        ("https+unix:///x", UPSTREAM_FORMS),
         ("http://", f"{UPSTREAM_FORMS}: the host is missing"),
         ("http://:80", f"{UPSTREAM_FORMS}: the host is missing"),
         ("http://a:0", "expected a port from 1 to 65535 after the last colon"),
@@ -141,7 +150,50 @@ def test_loopback_is_what_only_this_machine_reaches(written: str, is_loopback: b
     assert parse_listener(written).is_loopback is is_loopback
 
 
-URL_ALPHABET = st.sampled_from([*"abz019:/.[]@?#%*-_ \n\0", "http://", "unix:/", "http+unix:///", "::1", "é"])
+def test_tls_is_part_of_an_address_but_not_of_its_text() -> None:
+    plain, secure = parse_upstream_url("http://a:443"), parse_upstream_url("https://a")
+    assert plain != secure
+    assert str(plain) == str(secure) == "a:443"
+    assert replace(secure, is_tls=False) == plain
+    assert not parse_listener(":443").is_tls
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("App.Example.org", "app.example.org"),
+        ("app.example.org.", "app.example.org"),
+        ("app_1", "app_1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "::1"),
+        ("[0:0::1]", "::1"),
+    ],
+)
+def test_server_name_is_read(written: str, name: str) -> None:
+    assert read_server_name(written) == name
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", HOST_NAME),
+        (".", HOST_NAME),
+        ("*.example.org", HOST_NAME),
+        ("bücher.example", HOST_NAME),
+        ("300.0.0.1", "expected an IPv4 address of four numbers from 0 to 255, as in 127.0.0.1"),
+        ("a:443", "expected an IPv6 address, as in ::1, or a name without a port"),
+        ("[::1]:443", "expected an IPv6 address, as in ::1, or a name without a port"),
+        ("fe80::1%eth0", "an IPv6 address with a zone (%eth0) is not supported"),
+    ],
+)
+def test_what_is_no_server_name_is_refused(written: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read_server_name(written)
+
+
+URL_ALPHABET = st.sampled_from(
+    [*"abz019:/.[]@?#%*-_ \n\0", "http://", "https://", "unix:/", "http+unix:///", "::1", "é"]
+)
 
 
 @UNHURRIED
@@ -155,4 +207,4 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
         except ValueError:
             continue
         assert address.is_unix == bool(address.path)
-        assert parse_listener(str(address)) == address
+        assert parse_listener(str(address)) == replace(address, is_tls=False)

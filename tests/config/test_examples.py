@@ -11,6 +11,8 @@ import pytest
 from stickyproxy.config.document import read_document
 from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.schema import Config
+from stickyproxy.config.tls import ListenerTls, UpstreamTls
+from stickyproxy.config.websocket import Ping
 
 EXAMPLES = Path(__file__).parents[2] / "config"
 COMMENTED = EXAMPLES / "stickyproxy.yaml"
@@ -72,7 +74,7 @@ def test_every_line_to_uncomment_loads() -> None:
     for text in texts:
         complete = text.replace("path: null", "path: /healthz") if text in expect else text
         assert load_text(complete, ENV) != Config()
-    assert len(texts) == 9
+    assert len(texts) == 14
     assert len(expect) == 1
 
 
@@ -82,7 +84,28 @@ def test_every_key_is_mentioned() -> None:
     assert [path for path in known_paths(schema, schema) if path not in mentioned] == []
 
 
-def test_the_defaults_of_lines_to_uncomment_are_the_defaults() -> None:
+def uncommented(pattern: str) -> list[Config]:
+    """Return the commented example with each line to uncomment that holds the pattern."""
+    return [load_text(text, ENV) for text in uncommented_examples() if re.search(rf"^ *{pattern}", text, re.MULTILINE)]
+
+
+def test_the_keys_that_need_others_have_their_defaults_in_lines_to_uncomment() -> None:
+    first, second = (config.listeners[0].tls for config in uncommented("tls: {cert"))
+    assert first is not None
+    assert second is not None
+    assert first == ListenerTls(certificates=first.certificates)
+    assert [(one.certificate.name, one.key and one.key.name) for one in first.certificates] == [
+        ("a.pem", "a.key"),
+        ("b.pem", None),
+    ]
+    assert second == ListenerTls(certificates=second.certificates, client_ca=second.client_ca)
+    (https,) = (config.upstreams[2] for config in uncommented("- {url: https"))
+    assert https.tls == UpstreamTls()
+    (pinging,) = (config.websocket.ping for config in uncommented("ping: {"))
+    assert pinging == Ping()
+
+
+def test_the_default_of_expect_is_the_default() -> None:
     """`expect` cannot stand without `path`, so its default is shown in a comment."""
     (text,) = (text for text in uncommented_examples() if re.search(r"^    expect:", text, re.MULTILINE))
     probe = load_text(text.replace("path: null", "path: /healthz"), {}).health.probe

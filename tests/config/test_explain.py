@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import ValidationError
 
-from stickyproxy.config.explain import explain
-from stickyproxy.config.fields import Flag, OrFalse, Section
+from stickyproxy.config.explain import explain, read_sections
+from stickyproxy.config.fields import AlsoWritten, Flag, OrFalse, Section
 
 
 class Leaf(Section):
@@ -20,6 +20,7 @@ class Leaf(Section):
 class Tree(Section):
     leaf: OrFalse[Leaf] = None
     other: int = 0
+    leaves: tuple[Annotated[Leaf, AlsoWritten({"type": "string"})], ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -32,11 +33,15 @@ class Tree(Section):
             {"leaf": {"flag": True, "wieght": 1}},
             [(("leaf", "wieght"), "unknown key 'wieght'; did you mean 'weight'?")],
         ),
-        ({"x": 1}, [(("x",), "unknown key 'x'; known here: leaf, other")]),
-        ({"x\n" * 50: 1}, [(("x\n" * 50,), "unknown key '" + "x\\n" * 20 + "...'; known here: leaf, other")]),
+        ({"x": 1}, [(("x",), "unknown key 'x'; known here: leaf, other, leaves")]),
+        ({"x\n" * 50: 1}, [(("x\n" * 50,), "unknown key '" + "x\\n" * 20 + "...'; known here: leaf, other, leaves")]),
         (
             {"leaf": {"flag": True, "weight": "top"}},
             [(("leaf", "weight"), "expected low, high or none, got 'top'")],
+        ),
+        (
+            {"leaves": [{"flag": True}, {"flag": True, "wieght": 1}]},
+            [(("leaves", 1, "wieght"), "unknown key 'wieght'; did you mean 'weight'?")],
         ),
         ({"leaf": 7}, [(("leaf",), "expected a mapping of keys, got a number")]),
         (
@@ -52,3 +57,15 @@ def test_each_error_has_a_path_and_a_sentence(raw: object, expected: object) -> 
     with pytest.raises(ValidationError) as raised:
         Tree.model_validate(raw)
     assert list(explain(raised.value, Tree)) == expected
+
+
+def test_sections_of_a_list_are_read_one_by_one() -> None:
+    leaves = [Leaf(flag=True), Leaf(flag=False)]
+    assert read_sections([{"flag": True}, leaves[1]], Leaf, lambda _: ()) == tuple(leaves)
+    with pytest.raises(ValidationError) as raised:
+        read_sections([{}, {"flag": True}, {"flag": 7}], Leaf, lambda found: [((one,), "again") for one in found])
+    assert [(details["loc"], details["msg"]) for details in raised.value.errors()] == [
+        ((0,), "the key 'flag' is missing"),
+        ((2, "flag"), "expected true or false, got 7"),
+        ((1,), "again"),
+    ]

@@ -96,6 +96,7 @@ def test_the_json_schema_is_about_the_file() -> None:
         (fields.SecondsOrOff, False, None),
         (fields.SecondsOrOff, "1s", 1.0),
         (fields.AbsolutePath, "/a/é", Path("/a/é")),
+        (fields.AbsolutePath, Path("/a/é"), Path("/a/é")),
         (Annotated[str, fields.text("a|bc", "letters")], "bc", "bc"),
     ],
 )
@@ -112,6 +113,7 @@ def test_a_value_is_read(kind: object, raw: object, value: object) -> None:
         (fields.SecondsOrOff, 0, "expected a duration above 0, got 0"),
         (fields.SecondsOrOff, None, "expected a duration such as 500ms, 30s, 10m, 1h or 2d, got nothing"),
         (fields.AbsolutePath, "a", "expected an absolute path, got 'a'"),
+        (fields.AbsolutePath, Path("a"), "expected an absolute path, got 'a'"),
         (fields.AbsolutePath, "/a\n", "expected an absolute path, got '/a\\n'"),
         (fields.AbsolutePath, 7, "expected text, got 7; put quotes around it"),
         (
@@ -156,3 +158,47 @@ def test_mistakes_are_raised_at_once_with_their_text_as_it_is() -> None:
 
 def test_markers_can_stand_in_a_union() -> None:
     assert hash(get_args(fields.Flag)[1]) is not None
+
+
+@pytest.mark.parametrize(
+    ("word", "marker", "raw", "value"),
+    [
+        ("off", fields.whole_number(1, 5), "off", None),
+        ("off", fields.whole_number(1, 5), False, None),
+        ("off", fields.whole_number(0, 5), 0, 0),
+        ("auto", fields.whole_number(1, 5), "auto", None),
+        ("auto", fields.whole_number(1, 5), 5, 5),
+        ("off", fields.size("0B", "1MiB"), 0, 0),
+    ],
+)
+def test_a_word_may_stand_for_no_value(word: str, marker: fields.Read, raw: object, value: object) -> None:
+    assert read(Annotated[int | None, fields.or_word(word, marker)], raw) == value
+
+
+@pytest.mark.parametrize(
+    ("word", "raw", "got"),
+    [
+        ("off", "auto", "'auto'"),
+        ("off", True, "true"),
+        ("off", 0, "0"),
+        ("auto", "off", "'off'"),
+        ("auto", False, "false"),
+        ("auto", ["auto"], "a list"),
+    ],
+)
+def test_no_other_word_may(word: str, raw: object, got: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        read(Annotated[int | None, fields.or_word(word, fields.whole_number(1, 5))], raw)
+    assert messages(raised.value) == [f"expected {word} or a whole number from 1 to 5, got {got}"]
+
+
+def test_the_json_schema_of_a_list_that_one_item_may_stand_for() -> None:
+    class Several(Section):
+        plain: Annotated[tuple[ONE_TO_FIVE, ...], fields.OneOrMore()] = ()
+        short: Annotated[tuple[Annotated[Inner, AlsoWritten({"type": "string"})], ...], fields.OneOrMore()] = ()
+
+    properties = Several.model_json_schema()["properties"]
+    number = {"type": "integer", "minimum": 1, "maximum": 5}
+    assert properties["plain"]["anyOf"] == [number, {"type": "array", "items": number, "minItems": 1}]
+    items = [{"type": "string"}, {"$ref": "#/$defs/Inner"}]
+    assert properties["short"]["anyOf"] == [*items, {"type": "array", "items": {"anyOf": items}, "minItems": 1}]

@@ -43,7 +43,7 @@ upstreams:
     weight: 1
   - url: http://127.0.0.1:8002
     weight: abc
-  - https://127.0.0.1:8003
+  - ftp://127.0.0.1:8003
 afinity: {}
 affinity:
   cookie:
@@ -70,7 +70,7 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
         (4, "upstreams[1].wieght", "unknown key 'wieght'; did you mean 'weight'?"),
         (5, "upstreams[2].url", "127.0.0.1:8001 is listed twice; for a larger share of clients set its weight"),
         (8, "upstreams[3].weight", "expected a whole number from 1 to 256, got 'abc'"),
-        (9, "upstreams[4]", "https:// to an upstream comes in a later version; use http://"),
+        (9, "upstreams[4]", "expected a URL such as http://127.0.0.1:8001 or unix:/run/app.sock"),
         (10, "afinity", "unknown key 'afinity'; did you mean 'affinity'?"),
         (
             13,
@@ -181,6 +181,7 @@ SECRET = "correct-horse-battery"  # shorter than a secret may be: every use of i
         "upstreams: ['http://me:@@a']",
         "upstreams: ['https://me:@@a']",
         "upstreams: ['me:@@a']",
+        "websocket: {origins: ['https://me:@@a']}",
     ],
 )
 def test_no_error_repeats_a_secret(text: str) -> None:

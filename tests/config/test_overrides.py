@@ -47,12 +47,12 @@ def test_admin_can_be_switched_off_and_on() -> None:
 
 def test_every_mistake_names_its_option() -> None:
     with pytest.raises(ConfigErrors) as raised:
-        with_overrides(Config(), urls=["http://a", "https://b", "http://a/"], listen="80", admin=":2", workers=2)
+        with_overrides(Config(), urls=["http://a", "ftp://b", "http://a/"], listen="80", admin=":2", workers=2)
     assert sorted(str(error) for error in raised.value.errors) == [
         "--admin: an admin address that is not loopback needs a token; set admin.token in the file",
         f"--listen: {FORMS}",
         "--workers: this version runs one worker; expected 1 or auto",
-        "URL 2: https:// to an upstream comes in a later version; use http://",
+        "URL 2: expected a URL such as http://127.0.0.1:8001 or unix:/run/app.sock",
         "URL 3: a:80 is listed twice; for a larger share of clients set its weight",
     ]
 

@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from stickyproxy.config.address import Address
 from stickyproxy.config.explain import explain
-from stickyproxy.config.schema import AccessLog, Admin, Config, Listener, Upstream
+from stickyproxy.config.listener import Listener
+from stickyproxy.config.schema import AccessLog, Admin, Config
 from stickyproxy.config.secret import Sources
+from stickyproxy.config.upstream import Upstream
 
 TOKEN = "t" * 16
 
@@ -35,88 +37,6 @@ def test_the_defaults() -> None:
 
 def test_empty_sections_are_defaults() -> None:
     assert Config.model_validate(dict.fromkeys(Config().model_dump(by_alias=True))) == Config()
-
-
-def test_listeners_are_addresses_or_mappings() -> None:
-    config = Config.model_validate({"listeners": [":80", {"address": "unix:/x"}]})
-    assert [listener.address for listener in config.listeners] == [Address(port=80), Address(path="/x")]
-
-
-def test_port_zero_may_stand_twice() -> None:
-    assert len(Config.model_validate({"listeners": ["127.0.0.1:0", "127.0.0.1:0"]}).listeners) == 2
-
-
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ([], [(("listeners",), "expected at least one listener")]),
-        (":80", [(("listeners",), "expected a list, got text")]),
-        ([":80", {"address": ":80"}], [(("listeners", 1, "address"), ":80 is listed twice")]),
-        (["unix:/x", "unix:/x"], [(("listeners", 1, "address"), "unix:/x is listed twice")]),
-        ([8080], [(("listeners", 0), "expected an address or a mapping of keys, got a number")]),
-        ([{}], [(("listeners", 0), "the key 'address' is missing")]),
-    ],
-)
-def test_wrong_listeners(raw: object, expected: object) -> None:
-    assert mistakes({"listeners": raw}) == expected
-
-
-def test_upstreams_are_urls_or_mappings() -> None:
-    config = Config.model_validate(
-        {"upstreams": ["http://127.0.0.1:8001", {"id": "app-2", "url": "http://[::1]:1", "weight": 2}, "unix:/x"]}
-    )
-    assert [(upstream.id, upstream.weight) for upstream in config.upstreams] == [
-        ("127.0.0.1:8001", 1),
-        ("app-2", 2),
-        ("/x", 1),
-    ]
-
-
-def test_an_id_does_not_depend_on_the_order() -> None:
-    urls = ["http://a", "http://b", "unix:/c"]
-    ids = {upstream.id for upstream in Config.model_validate({"upstreams": urls}).upstreams}
-    assert ids == {upstream.id for upstream in Config.model_validate({"upstreams": urls[::-1]}).upstreams}
-
-
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ("http://a", [(("upstreams",), "expected a list, got text")]),
-        (["http://a"] * 1001, [(("upstreams",), "expected at most 1000 upstreams, got 1001")]),
-        ([{"weight": 1}], [(("upstreams", 0), "the key 'url' is missing")]),
-        ([["http://a"]], [(("upstreams", 0), "expected a URL or a mapping of keys, got a list")]),
-        (
-            [{"url": "http://a", "wieght": 1}],
-            [(("upstreams", 0, "wieght"), "unknown key 'wieght'; did you mean 'weight'?")],
-        ),
-        (
-            [{"url": "http://a", "id": "a b"}],
-            [
-                (
-                    ("upstreams", 0, "id"),
-                    "expected 1 to 64 letters, digits, dots, underscores or hyphens, got 'a b'",
-                )
-            ],
-        ),
-        (
-            [{"url": "http://a", "weight": 257}],
-            [(("upstreams", 0, "weight"), "expected a whole number from 1 to 256, got 257")],
-        ),
-        (
-            ["http://a", 7, "http://A:80/"],
-            [
-                (("upstreams", 1), "expected a URL or a mapping of keys, got a number"),
-                (("upstreams", 2, "url"), "a:80 is listed twice; for a larger share of clients set its weight"),
-            ],
-        ),
-        (
-            [{"url": "http://a", "id": "x"}, {"url": "http://b", "id": "x"}],
-            [(("upstreams", 1, "id"), "the id 'x' is taken by an upstream above")],
-        ),
-    ],
-)
-def test_wrong_upstreams(raw: object, expected: object) -> None:
-    assert mistakes({"upstreams": raw}) == expected
 
 
 def test_admin() -> None:
@@ -195,3 +115,37 @@ def test_parts_of_a_config_can_be_given_as_they_are() -> None:
     config = Config.model_validate({"listeners": listeners, "upstreams": upstreams})
     assert config.listeners == tuple(listeners)
     assert config.upstreams == tuple(upstreams)
+
+
+def test_dns_refresh() -> None:
+    assert Config().dns_refresh_s == 10.0
+    assert Config.model_validate({"dns_refresh": False}).dns_refresh_s is None
+    assert Config.model_validate({"dns_refresh": "1m"}).dns_refresh_s == 60.0
+    assert mistakes({"dns_refresh": 0}) == [(("dns_refresh",), "expected a duration above 0, got 0")]
+
+
+NETWORKS_NEEDED = "proxy_protocol needs the networks that send it in trusted_proxies; all other connections are refused"
+UNIX_NEEDED = "proxy_protocol needs unix in trusted_proxies; all other connections are refused"
+
+
+@pytest.mark.parametrize(
+    ("trusted", "refused"),
+    [
+        ([], {0: NETWORKS_NEEDED, 2: UNIX_NEEDED}),
+        (["10.0.0.0/8"], {2: UNIX_NEEDED}),
+        (["unix"], {0: NETWORKS_NEEDED}),
+        (["10.0.0.0/8", "unix"], {}),
+    ],
+)
+def test_the_proxy_protocol_needs_somebody_who_is_trusted(trusted: list[str], refused: dict[int, str]) -> None:
+    listeners = [
+        {"address": ":1", "proxy_protocol": True},
+        {"address": ":2", "proxy_protocol": False},
+        {"address": "unix:/x", "proxy_protocol": True},
+    ]
+    raw = {"listeners": listeners, "trusted_proxies": trusted}
+    if refused:
+        expected = [(("listeners", position, "proxy_protocol"), text) for position, text in refused.items()]
+        assert mistakes(raw) == expected
+    else:
+        assert [one.proxy_protocol for one in Config.model_validate(raw).listeners] == [True, False, True]

@@ -20,7 +20,8 @@ from stickyproxy.affinity.sessions import SessionTable
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, Upstream
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
 from stickyproxy.config import Address
-from stickyproxy.proxy.listener import Listener, bind
+from stickyproxy.proxy.endpoint import Endpoint
+from stickyproxy.proxy.listener import Listener, Role, bind
 from stickyproxy.proxy.plane import Plane
 from stickyproxy.proxy.settings import Settings, Timeouts
 from tests.helpers.raw import RawLink, RawUpstream, eventually
@@ -87,6 +88,7 @@ class PlaneUnderTest:
         self.records: list[Record] = []
         self.reports: list[tuple[str, HealthEvent]] = []
         self.listeners: list[Listener] = []
+        self.endpoint = Endpoint(LOOPBACK)
         self.pools_seen: set[Pool] = set()
         self._clients: list[RawLink] = []
         self.admin = dict.fromkeys((one.id for one in upstreams), AdminState.READY)
@@ -113,8 +115,10 @@ class PlaneUnderTest:
             Upstream(one.id, 1, self.admin[one.id], self.observed[one.id].health, self.observed[one.id].is_refused)
             for one in self.upstreams
         )
-        addresses = {one.id: Address(one.host, one.port, one.path) for one in self.upstreams}
-        self.plane.publish(Snapshot("default", states, self.rules), addresses)
+        endpoints = {
+            one.id: replace(self.endpoint, address=Address(one.host, one.port, one.path)) for one in self.upstreams
+        }
+        self.plane.publish(Snapshot("default", states, self.rules), endpoints)
         self.pools_seen.update(self.plane.pools.values())
 
     def set_admin(self, upstream: RawUpstream, state: AdminState) -> None:
@@ -134,10 +138,11 @@ class PlaneUnderTest:
 
     # The clients' part
 
-    async def listen(self, address: Address = LOOPBACK) -> Listener:
+    async def listen(self, address: Address = LOOPBACK, role: Role | None = None) -> Listener:
         """Begin to accept at one more address."""
-        listener = Listener(self.plane, bind(address), address)
+        listener = Listener(self.plane, bind(address), address, role)
         self.listeners.append(listener)
+        self.plane.gate.listeners.append(listener)
         await listener.start()
         return listener
 
@@ -194,6 +199,8 @@ class PlaneUnderTest:
             link.follow()
         await eventually(lambda: not plane.downstreams, f"no client is left of {plane.downstreams}")
         await eventually(lambda: not plane.tunnels, f"no tunnel is left of {plane.tunnels}")
+        await eventually(lambda: not plane.handshakes, f"no handshake is left of {plane.handshakes}")
+        assert plane.addresses._counts == {}
         for pool in self.pools_seen:
             await eventually(lambda pool=pool: pool.counters.in_flight == 0, f"in_flight of {pool}")  # type: ignore[misc]
             assert pool.strangers == 0, pool
@@ -232,6 +239,7 @@ async def start_plane(
     idle_s: float = 600.0,
     refresh_s: float | None = None,
     listen: Address = LOOPBACK,
+    role: Role | None = None,
     **timeouts: float,
 ) -> AsyncIterator[PlaneUnderTest]:
     """Run a plane with so many upstreams, `app-1` and so on; `timeouts` are those of the settings to set apart."""
@@ -248,7 +256,7 @@ async def start_plane(
     table = _Sessions(lifetimes or Lifetimes(), idle_s=idle_s, refresh_s=refresh_s)
     under_test = PlaneUnderTest(upstreams, settings or Settings(), table, rules or Rules())
     try:
-        await under_test.listen(listen)
+        await under_test.listen(listen, role)
         yield under_test
         await under_test.settle()
     finally:

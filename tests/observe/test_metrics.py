@@ -50,6 +50,12 @@ def make_numbers(*upstreams: UpstreamNumbers, none: UpstreamCounters | None = No
         downstream_connections_total=0,
         access_log_dropped=0,
         event_loop_lag=Histogram(LAG_BOUNDS_S),
+        handshakes={},
+        is_accepting=True,
+        accept_pauses=0,
+        name_lookups={},
+        certificate_reloads={},
+        certificates={},
     )
 
 

@@ -399,7 +399,7 @@ async def test_a_stopping_plane_closes_idle_clients_and_lets_exchanges_end(proxy
 
 
 async def test_a_client_that_never_reads_does_not_hold_a_closed_connection_for_ever(start: Start) -> None:
-    proxy = await start(settings=Settings(buffer_bytes=1 << 26), body_idle_s=0.2)
+    proxy = await start(settings=Settings(buffer_bytes=1 << 26), send_s=0.2)
     client, app = await proxy.open(request("GET /", "Connection: close"))
     client.stop_reading()
     await app.read_request()
@@ -412,7 +412,7 @@ async def test_a_client_that_never_reads_does_not_hold_a_closed_connection_for_e
 
 @pytest.mark.parametrize("ending", ["closing", "lingering"])
 async def test_a_client_that_takes_its_response_slowly_gets_all_of_it(start: Start, ending: str) -> None:
-    proxy = await start(settings=Settings(buffer_bytes=1 << 26), body_idle_s=1.0, linger_s=1.0)
+    proxy = await start(settings=Settings(buffer_bytes=1 << 26), send_s=1.0, linger_s=1.0)
     client, app = await proxy.open(request("GET /", "Connection: close") + (GET if ending == "lingering" else b""))
     client.stop_reading()
     await app.read_request()

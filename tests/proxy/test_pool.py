@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stickyproxy.config import Address
+from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
 from tests.helpers.raw import GET, RawUpstream, eventually, request
@@ -210,6 +211,6 @@ async def test_an_upstream_that_cannot_be_reached_is_left(start: Start, monkeypa
 
 async def test_the_connect_timeout_ends_a_dial(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = await start(connect_s=0.0)
-    pool = Pool(proxy.plane, "far", b"12345678", Address("127.0.0.1", proxy.upstream.port))
+    pool = Pool(proxy.plane, "far", b"12345678", Endpoint(Address("127.0.0.1", proxy.upstream.port)))
     with pytest.raises(TimeoutError):
         await pool.dial()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,70 +15,11 @@ from stickyproxy.proxy import tunnel as tunnel_module
 from stickyproxy.proxy.settings import Settings
 from stickyproxy.proxy.tunnel import _DISCARD
 from stickyproxy.wire.frames import write_close
-from tests.helpers.raw import RawLink, eventually, request
+from tests.helpers.raw import eventually, request
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE, KEY, MASK, close_of, connect, ended, frame, the_tunnel
 
 if TYPE_CHECKING:
-    from stickyproxy.proxy.tunnel import Tunnel
     from tests.helpers.plane import PlaneUnderTest, Start
-
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-HANDSHAKE = request(
-    "GET /ws", "Connection: Upgrade", "Upgrade: websocket", f"Sec-WebSocket-Key: {KEY}", "Sec-WebSocket-Version: 13"
-)
-ACCEPT = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-MASK = b"\x01\x02\x03\x04"
-
-
-def frame(payload: bytes, opcode: int = 1, *, is_masked: bool = False) -> bytes:
-    """Return one whole frame."""
-    size, flag = len(payload), 0x80 if is_masked else 0
-    if size < 126:
-        head = bytes((0x80 | opcode, flag | size))
-    elif size < 1 << 16:
-        head = bytes((0x80 | opcode, flag | 126)) + struct.pack("!H", size)
-    else:
-        head = bytes((0x80 | opcode, flag | 127)) + struct.pack("!Q", size)
-    if is_masked:
-        return head + MASK + bytes(octet ^ MASK[at & 3] for at, octet in enumerate(payload))
-    return head + payload
-
-
-def close_of(data: bytes) -> tuple[int, bool]:
-    """Return the code of a Close frame, which must be all of `data`, and whether it was masked."""
-    assert data[0] == 0x88
-    is_masked, size = bool(data[1] & 0x80), data[1] & 0x7F
-    payload = data[2:]
-    if is_masked:
-        payload = bytes(octet ^ data[2 + (at & 3)] for at, octet in enumerate(data[6:]))
-    assert len(payload) == size
-    return int.from_bytes(payload[:2], "big"), is_masked
-
-
-async def connect(proxy: PlaneUnderTest) -> tuple[RawLink, RawLink]:
-    """Open a tunnel and return both ends."""
-    client, app = await proxy.open(HANDSHAKE)
-    await app.read_request()
-    app.send(ACCEPT)
-    assert (await client.read_message()).status == 101
-    return client, app
-
-
-def the_tunnel(proxy: PlaneUnderTest) -> Tunnel:
-    (tunnel,) = proxy.plane.tunnels
-    return tunnel
-
-
-async def ended(proxy: PlaneUnderTest) -> tuple[str, int, str]:
-    """Wait for the end of the only tunnel; return who ended it, the code and the cause, as counted and logged."""
-    await eventually(lambda: not proxy.plane.tunnels)
-    (closes,) = proxy.pool().counters.closes.items()
-    assert closes[1] == 1
-    record = proxy.records[-1]
-    assert record.kind == "tunnel"
-    assert (record.initiator, record.cause) == (closes[0][0], closes[0][2])
-    assert closes[0][1] in {record.close_code, record.close_code // 1000 * 1000}  # folded where it is an app's own
-    return record.initiator, record.close_code, record.cause
-
 
 # The handshake
 
@@ -388,9 +328,65 @@ async def test_shut_cuts_a_tunnel_that_is_stuck_in_a_frame(start: Start) -> None
     client.send(frame(b"x" * 100, is_masked=True)[:50])
     await app.read(50)
     the_tunnel(proxy).shut()
+    assert close_of(await client.read_rest()) == (1001, False)  # its own direction stood at a boundary
+    assert await app.read_rest() == b""
+    assert await ended(proxy) == ("proxy", 1001, "stopping")
+
+
+async def test_shut_cuts_an_app_that_is_stuck_in_a_frame(start: Start) -> None:
+    proxy = await start(linger_s=0.2)
+    client, app = await connect(proxy)
+    app.send(frame(b"x" * 100)[:50])
+    await client.read(50)
+    the_tunnel(proxy).shut()
+    assert await client.read_rest() == b""
+    assert close_of(await app.read_rest()) == (1001, True)
+    assert await ended(proxy) == ("proxy", 1006, "stopping")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 9, 10, 11, 65_600])
+async def test_shut_ends_a_stream_that_is_never_read_at_a_boundary(proxy: PlaneUnderTest, cut: int) -> None:
+    """Frames follow each other without a pause, so that no read ends where a frame does."""
+    client, app = await connect(proxy)
+    whole = frame(b"x" * 70_000)
+    app.send(whole + whole[:cut])
+    assert await client.read(len(whole) + cut) == whole + whole[:cut]
+    the_tunnel(proxy).shut()
+    app.send(whole[cut:] + whole + whole[:cut])
+    assert await client.read(len(whole) - cut) == whole[cut:]
+    assert close_of(await client.read(2 + 2 + 23)) == (1001, False)
+    assert close_of(await app.read(2 + 4 + 2 + 23)) == (1001, True)
+    client.send(write_close(1001, "", mask=MASK)).half_close()
+    app.send(whole[cut:] + write_close(1001, "")).half_close()
     assert await client.read_rest() == b""
     assert await app.read_rest() == b""
-    assert await ended(proxy) == ("proxy", 1006, "stopping")
+    assert await ended(proxy) == ("proxy", 1001, "stopping")
+
+
+async def test_shut_while_the_client_sends_its_own_close_adds_no_second_one(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    own = write_close(4001, "bye", mask=MASK)
+    client.send(own[:1])
+    assert await app.read(1) == own[:1]
+    the_tunnel(proxy).shut()
+    assert close_of(await client.read(2 + 2 + 23)) == (1001, False)
+    client.send(own[1:]).half_close()
+    assert await app.read(len(own) - 1) == own[1:]
+    app.half_close()
+    assert await app.read_rest() == b""
+    assert await client.read_rest() == b""
+    assert await ended(proxy) == ("proxy", 1001, "stopping")
+
+
+async def test_a_side_that_ends_while_the_end_of_its_frame_is_awaited(start: Start) -> None:
+    proxy = await start(linger_s=0.3)
+    client, app = await connect(proxy)
+    app.send(frame(b"x" * 100)[:50])
+    await client.read(50)
+    the_tunnel(proxy).shut()
+    app.reset()
+    assert await client.read_rest() == b""
+    assert (await ended(proxy))[1:] == (1006, "stopping")
 
 
 async def test_shut_of_sides_that_do_not_follow_cuts_them(start: Start) -> None:
@@ -432,6 +428,32 @@ async def test_shut_in_the_middle_of_a_closing_handshake_adds_no_second_close(st
     assert await ended(proxy) == ("client", 1000, "close_frame")
 
 
+# Age
+
+
+async def test_a_tunnel_that_has_reached_its_age_is_closed_with_a_code_that_calls_for_a_new_one(start: Start) -> None:
+    proxy = await start(tunnel_max_age_s=100.0, tunnel_max_age_jitter_percent=10)
+    client, app = await connect(proxy)
+    tunnel = the_tunnel(proxy)
+    made = proxy.plane.now
+    assert 89 <= tunnel._ends_at - made <= 111
+    tunnel.sweep(made + 89)
+    assert tunnel._shut_as is None
+    tunnel.sweep(made + 111)
+    assert close_of((await client.read(2))[:2] + await client.read(2 + 34)) == (1012, False)
+    client.close()
+    app.follow()
+    assert await ended(proxy) == ("proxy", 1012, "max_age")
+
+
+async def test_the_ages_of_tunnels_differ(start: Start) -> None:
+    proxy = await start(tunnel_max_age_s=1000.0, tunnel_max_age_jitter_percent=10)
+    for _ in range(5):
+        await connect(proxy)
+    ages = {round(tunnel._ends_at - proxy.plane.now) for tunnel in proxy.plane.tunnels}
+    assert len(ages) > 1
+
+
 async def test_a_busy_tunnel_is_not_idle(start: Start) -> None:
     proxy = await start(tunnel_idle_s=60.0)
     client, app = await connect(proxy)
@@ -439,11 +461,11 @@ async def test_a_busy_tunnel_is_not_idle(start: Start) -> None:
     for number in range(5):
         app.send(frame(b"ping", 9))
         await client.read(6)
-        tunnel.check_idle(now + number * 100)
-    tunnel.check_idle(now + 459)
+        tunnel.sweep(now + number * 100)
+    tunnel.sweep(now + 459)
     assert client.held == b""
-    tunnel.check_idle(now + 460)
-    tunnel.check_idle(now + 461)
+    tunnel.sweep(now + 460)
+    tunnel.sweep(now + 461)
     assert close_of(await client.read(2 + 2 + len("nothing was sent for too long"))) == (1001, False)
     client.half_close()
     app.half_close()

@@ -195,6 +195,30 @@ def test_counts_may_be_shared() -> None:
     assert counts[1] == 2
 
 
+@pytest.mark.parametrize(
+    ("data", "left_bytes", "begun"),
+    [
+        pytest.param(b"", 0, b"", id="a boundary"),
+        pytest.param(b"\x81", 0, b"\x81", id="half a header"),
+        pytest.param(b"\x81\xfe\x01", 0, b"\x81\xfe\x01", id="half a length"),
+        pytest.param(b"\x81\x85", 9, b"", id="a header without its mask"),
+        pytest.param(b"\x81\x05ab", 3, b"", id="half a payload"),
+        pytest.param(b"\x81\x00\x88\x02\x03", 0, b"\x88\x02\x03", id="half a Close frame"),
+        pytest.param(b"\x81\x05abcde", 0, b"", id="a whole frame"),
+    ],
+)
+def test_where_a_scanner_stands_is_known(data: bytes, left_bytes: int, begun: bytes) -> None:
+    for pieces in ([data], [data[at : at + 1] for at in range(len(data))]):
+        scanner = scan(pieces)
+        assert (scanner.left_bytes, scanner.begun) == (left_bytes, begun)
+        assert scanner.is_at_boundary == (not (left_bytes or begun))
+
+
+def test_a_lost_stream_never_comes_to_an_end() -> None:
+    scanner = scan([b"\x88\x7e\x00\x7e", b"x" * 1000])
+    assert (scanner.left_bytes > 1 << 63, scanner.begun) == (True, b"")
+
+
 def test_the_opcodes_have_the_names_of_the_standard() -> None:
     assert {opcode.value: opcode.name.lower().replace("cont", "continuation") for opcode in Opcode} == OPCODES
 
