@@ -98,19 +98,20 @@ class SessionTable:
         self._verified[value] = presented
         return presented
 
-    def touch(self, session: Session, now: float) -> None:
-        """Count the session as active now; called at most once for each tick of `now`."""
+    def touch(self, session: Session, now: float) -> bool:
+        """Count the session as active now, and say whether it was not before; at most once for each tick of `now`."""
         session.active_at = now
         known = self._active.get(session.client_id)
         if known is session:
             self._active.move_to_end(session.client_id)
-            return
+            return False
         if known is not None:  # the same client, forgotten and known again by another of its tokens
             session.digest, session.pinned_at = known.digest, known.pinned_at
             self._count(known.digest, -1)
         self._active[session.client_id] = session
         self._active.move_to_end(session.client_id)
         self._count(session.digest, +1)
+        return known is None
 
     def begin(self, client_id: bytes, digest: bytes, wall: float) -> Session:
         """Return a new session that is not counted as active until it is touched."""

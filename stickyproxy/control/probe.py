@@ -10,6 +10,8 @@ import asyncio
 import errno
 import logging
 import socket
+from dataclasses import dataclass
+from functools import partial
 from random import SystemRandom
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -21,8 +23,10 @@ from aiohttp import (
     ClientTimeout,
     DummyCookieJar,
     TCPConnector,
+    ThreadedResolver,
     UnixConnector,
 )
+from typing_extensions import override
 from yarl import URL
 
 from stickyproxy import __version__
@@ -31,7 +35,10 @@ from stickyproxy.observe.counters import ProbeCounters
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
+
+    from aiohttp.abc import ResolveResult
 
     from stickyproxy.config import Address, Health, Probe
     from stickyproxy.control.routing import Routing
@@ -56,36 +63,61 @@ _EVENTS: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How an upstream is reached at this moment.
+
+    `host` is what to connect to: an IP address, or a name whose addresses are tried in turn; None where the name has
+    no address yet; of no meaning with a Unix socket. `tls` is None where the upstream speaks plain HTTP, `server_name`
+    what is verified, None for the host of `address`.
+    """
+
+    address: Address
+    host: str | None
+    tls: ssl.SSLContext | None = None
+    server_name: str | None = None
+
+
 class ProbeFailedError(Exception):
     """An upstream answered a probe, but not well; the text says how."""
 
 
 class Connecting:
-    """The probe that only opens a connection and closes it again."""
+    """The probe that only opens a connection and closes it again, without TLS."""
 
-    def __init__(self, address: Address) -> None:
-        self._address = address
+    def __init__(self, endpoint: Callable[[], Endpoint]) -> None:
+        self._endpoint = endpoint
 
     async def probe(self) -> None:
-        """Connect; raise OSError, ConnectionRefusedError only where every address of the name refuses."""
+        """Connect; raise OSError, ConnectionRefusedError only where every address of the name refuses.
+
+        Raises ProbeFailedError where the name has no address yet.
+        """
         errors: list[OSError] = []
-        for family, address in await self._resolve():
+        for family, address in await _find_addresses(self._endpoint()):
             try:
                 return await _connect(family, address)
             except OSError as error:
                 errors.append(error)
         raise next((error for error in errors if not isinstance(error, _GONE)), errors[0])
 
-    async def _resolve(self) -> list[tuple[socket.AddressFamily, SocketAddress]]:
-        if self._address.is_unix:
-            return [(socket.AF_UNIX, self._address.path)]
-        found = await asyncio.get_running_loop().getaddrinfo(
-            self._address.host, self._address.port, type=socket.SOCK_STREAM
-        )
-        return [(family, address) for family, _, _, _, address in found]
-
     async def close(self) -> None:
         """Release nothing: nothing is held."""
+
+
+async def _find_addresses(endpoint: Endpoint) -> list[tuple[socket.AddressFamily, SocketAddress]]:
+    if endpoint.address.is_unix:
+        return [(socket.AF_UNIX, endpoint.address.path)]
+    found = await asyncio.get_running_loop().getaddrinfo(
+        _host_of(endpoint), endpoint.address.port, type=socket.SOCK_STREAM
+    )
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _host_of(endpoint: Endpoint) -> str:
+    if endpoint.host is None:
+        raise ProbeFailedError("its name has no address yet")
+    return endpoint.host
 
 
 async def _connect(family: socket.AddressFamily, address: SocketAddress) -> None:
@@ -99,25 +131,31 @@ async def _connect(family: socket.AddressFamily, address: SocketAddress) -> None
 class Asking:
     """The probe that asks for a path over HTTP and looks at the status."""
 
-    def __init__(self, address: Address, settings: Probe) -> None:
+    def __init__(self, endpoint: Callable[[], Endpoint], settings: Probe) -> None:
+        self._endpoint = endpoint
         self._settings = settings
-        authority = "localhost" if address.is_unix else str(address)
-        # As it stands in the file: nothing in it is escaped anew.
-        self._url = URL(f"http://{authority}{settings.path}", encoded=True)
+        address = endpoint().address
+        self._authority = "localhost" if address.is_unix else str(address)
         self._session = ClientSession(
             connector=UnixConnector(address.path, force_close=True)
             if address.is_unix
-            else TCPConnector(force_close=True, use_dns_cache=False),
+            else TCPConnector(force_close=True, use_dns_cache=False, resolver=_EndpointResolver(endpoint)),
             cookie_jar=DummyCookieJar(),
-            headers={"Host": authority, "User-Agent": f"stickyproxy-probe/{__version__}"},
+            headers={"Host": self._authority, "User-Agent": f"stickyproxy-probe/{__version__}"},
             timeout=ClientTimeout(total=None),  # the caller has one for every kind of probe
             max_field_size=_FIELD_BYTES,
         )
 
     async def probe(self) -> None:
         """Ask; raise OSError, or ProbeFailedError for an answer that is not as expected."""
+        endpoint = self._endpoint()
+        scheme = "http" if endpoint.tls is None else "https"
+        # As it stands in the file: nothing in it is escaped anew.
+        url = URL(f"{scheme}://{self._authority}{self._settings.path}", encoded=True)
         try:
-            async with self._session.get(self._url, allow_redirects=False) as response:
+            async with self._session.get(
+                url, allow_redirects=False, ssl=endpoint.tls or True, server_hostname=endpoint.server_name
+            ) as response:
                 status = response.status
         except ClientConnectorError as error:
             raise error.os_error from error
@@ -129,6 +167,20 @@ class Asking:
     async def close(self) -> None:
         """Close its connections."""
         await self._session.close()
+
+
+class _EndpointResolver(ThreadedResolver):
+    """Finds the addresses of an upstream where it is reached at this moment, whatever name aiohttp asks for."""
+
+    def __init__(self, endpoint: Callable[[], Endpoint]) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    @override
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return await super().resolve(_host_of(self._endpoint()), port, family)
 
 
 class Watch:
@@ -180,11 +232,15 @@ class Watch:
 
 
 class Prober:
-    """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id."""
+    """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
-    def __init__(self, health: Health, routing: Routing) -> None:
+    `endpoint_of` says before each probe how an upstream is reached; by default at its address, without TLS.
+    """
+
+    def __init__(self, health: Health, routing: Routing, endpoint_of: Callable[[str], Endpoint] | None = None) -> None:
         self._settings = health.probe
         self._routing = routing
+        self._endpoint_of = endpoint_of or self._default_endpoint
         self._watches: list[Watch] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._first: dict[str, Outcome] = {}
@@ -193,8 +249,8 @@ class Prober:
 
     def start(self) -> None:
         """Begin to probe, all upstreams at once."""
-        for upstream_id, address in self._routing.addresses.items():
-            self._watches.append(watch := self._make_watch(upstream_id, address))
+        for upstream_id in self._routing.addresses:
+            self._watches.append(watch := self._make_watch(upstream_id))
             self.counters[upstream_id] = watch.counters
             self._tasks.append(spawn(self._keep(watch), f"probe {upstream_id}"))
         self._tasks.append(spawn(self._look(), "look for refused upstreams"))
@@ -207,11 +263,16 @@ class Prober:
         for watch in self._watches:
             await watch.close()
 
-    def _make_watch(self, upstream_id: str, address: Address) -> Watch:
+    def _default_endpoint(self, upstream_id: str) -> Endpoint:
+        address = self._routing.addresses[upstream_id]
+        return Endpoint(address, address.host)
+
+    def _make_watch(self, upstream_id: str) -> Watch:
         settings = self._settings
+        endpoint = partial(self._endpoint_of, upstream_id)
         if settings is None:
-            return Watch(upstream_id, Connecting(address), _CONNECT_TIMEOUT_S, self._routing)
-        way = Connecting(address) if settings.path is None else Asking(address, settings)
+            return Watch(upstream_id, Connecting(endpoint), _CONNECT_TIMEOUT_S, self._routing)
+        way = Connecting(endpoint) if settings.path is None else Asking(endpoint, settings)
         return Watch(upstream_id, way, settings.timeout_s, self._routing)
 
     async def _keep(self, watch: Watch) -> None:

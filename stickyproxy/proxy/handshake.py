@@ -30,14 +30,15 @@ _SHUTDOWN_S: Final = 3600.0
 
 
 class Handshake(asyncio.Protocol):
-    """A connection before its first request."""
+    """A connection before its first request; it stays the protocol, of the TLS layer too, until all is done."""
 
     def __init__(self, plane: Plane, listener: Listener) -> None:
         self._plane = plane
         self._listener = listener
-        self._held = bytearray()  # of the PROXY header, and what came after it before somebody could take it
+        self._held = bytearray()  # what came before somebody could take it
         self._header: ProxyHeader | None = None
         self._is_securing = False
+        self._is_layered = False  # what comes now comes out of the TLS layer
         self.deadline = plane.now + plane.settings.timeouts.tls_handshake_s
         self.transport: asyncio.Transport
 
@@ -57,6 +58,8 @@ class Handshake(asyncio.Protocol):
     @override
     def data_received(self, data: bytes) -> None:
         self._held += data
+        if self._is_layered:
+            return  # a request that came right behind the handshake, before the task could go on
         if self._is_securing:
             self.transport.pause_reading()  # only until the task of the TLS handshake has begun
             return
@@ -78,7 +81,7 @@ class Handshake(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """Go on with TLS, or with the first request where there is none."""
-        plane, listener, tls = self._plane, self._listener, self._listener.role.tls
+        plane, tls = self._plane, self._listener.role.tls
         if tls is not None:
             self._is_securing = True
             spawn(self._secure(tls), "TLS handshake")
@@ -86,21 +89,16 @@ class Handshake(asyncio.Protocol):
             # what came before goes to the layer right behind them.
             plane.loop.call_soon(plane.loop.call_soon, self._feed)
             return
-        downstream = Downstream(plane, listener, self._header)
-        self.transport.set_protocol(downstream)
-        self._hand_over(downstream, self.transport)
-        if self._held:
-            downstream.data_received(bytes(self._held))
+        self._hand_over(self.transport)
 
     async def _secure(self, tls: ssl.SSLContext) -> None:
         plane = self._plane
         if self.transport.is_closing():
             return
-        downstream = Downstream(plane, self._listener, self._header)
         try:
             transport = await plane.loop.start_tls(
                 self.transport,
-                downstream,
+                self,
                 tls,
                 server_side=True,
                 ssl_handshake_timeout=plane.settings.timeouts.tls_handshake_s,
@@ -113,17 +111,23 @@ class Handshake(asyncio.Protocol):
             self._fail("closed")  # by the proxy itself: uvloop does not call that a failure
             return
         plane.counters.handshakes["tls_completed"] += 1
-        transport.set_read_buffer_limits(plane.settings.buffer_bytes)  # type: ignore[attr-defined]  # of uvloop
-        self._hand_over(downstream, transport)
+        if not (transport.is_closing() or self.transport.is_closing()):
+            # While nothing is read of it, the layer must not read on: at an end of file it drops what it holds.
+            transport.set_read_buffer_limits(1)  # type: ignore[attr-defined]  # of uvloop
+            self._hand_over(transport)
 
     def _feed(self) -> None:
         """Give the TLS layer what came before it was there."""
         layer = self.transport.get_protocol()
-        while self._held and layer is not self:
-            room = layer.get_buffer(len(self._held))  # type: ignore[attr-defined]  # an asyncio.BufferedProtocol
-            size = min(len(room), len(self._held))
-            room[:size] = self._held[:size]
-            del self._held[:size]
+        if layer is self or self.transport.is_closing():
+            return
+        self._is_layered = True
+        held, self._held = self._held, bytearray()
+        while held:
+            room = layer.get_buffer(len(held))  # type: ignore[attr-defined]  # an asyncio.BufferedProtocol
+            size = min(len(room), len(held))
+            room[:size] = held[:size]
+            del held[:size]
             layer.buffer_updated(size)  # type: ignore[attr-defined]
 
     def _fail(self, reason: str) -> None:
@@ -131,13 +135,19 @@ class Handshake(asyncio.Protocol):
         logger.debug("TLS handshake with %s failed: %s", self._listener.peer_address(self.transport), reason)
         self._end()
 
-    def _hand_over(self, downstream: Downstream, transport: asyncio.Transport) -> None:
+    def _hand_over(self, transport: asyncio.Transport) -> None:
+        """Let a `Downstream` go on, with what it has of the first request."""
+        downstream = Downstream(self._plane, self._listener, self._header)
+        transport.set_protocol(downstream)
         self._plane.handshakes.discard(self)
         downstream.connection_made(transport)
+        if self._held:
+            downstream.data_received(bytes(self._held))
 
     def _end(self) -> None:
-        self._plane.handshakes.discard(self)
-        self._plane.on_closed()
+        if self in self._plane.handshakes:  # a failed handshake ends twice: for the task, and for the connection
+            self._plane.handshakes.discard(self)
+            self._plane.on_closed()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

@@ -113,7 +113,12 @@ class Listener:
         # The server gets a descriptor of its own: it closes it, and the socket with its queue stays for the next one.
         link = self._link.dup()
         if self.address.path:
-            self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG)
+            self._server = await loop.create_unix_server(  # type: ignore[call-arg]  # uvloop's own
+                self._accept,
+                sock=link,
+                backlog=_BACKLOG,
+                cleanup_socket=False,  # or a pause would remove it (since Python 3.13)
+            )
         else:
             self._server = await loop.create_server(self._accept, sock=link, backlog=_BACKLOG)
         if not self._plane.gate.is_open:  # meanwhile
@@ -145,10 +150,11 @@ class Listener:
 
         Where a trusted proxy has named the client in a PROXY protocol header, that is the client.
         """
+        is_https = self.role.tls is not None or (header is not None and header.is_tls)
         if header is not None and header.source is not None:
-            key = (header.source, str(header.destination_port), header.is_tls or self.role.tls is not None)
+            key = (header.source, str(header.destination_port), is_https)
         else:
-            key = (self.peer_address(transport), self.port, self.role.tls is not None)
+            key = (self.peer_address(transport), self.port, is_https)
         writer = self._writers.get(key)
         if writer is None:
             if len(self._writers) >= _MAX_WRITERS:

@@ -135,8 +135,8 @@ class Placement:
             pool.strangers += 1
         else:
             session.open += 1
-            if session.active_at != self._plane.now:
-                self._plane.sessions.touch(session, self._plane.now)
+            if session.active_at != self._plane.now and self._plane.sessions.touch(session, self._plane.now):
+                pool.on_return(self._plane.wall - session.pinned_at)
         return pool
 
     def leave(self) -> None:
@@ -165,6 +165,7 @@ class Placement:
             pool.strangers -= 1
             session.open += 1
             self._plane.sessions.touch(session, self._plane.now)
+            pool.on_return(0.0)
         session.open += 1
         return session
 

@@ -15,7 +15,7 @@ from stickyproxy.affinity.token import CLIENT_ID_BYTES
 from stickyproxy.observe.counters import PlaneCounters
 from stickyproxy.proxy.addresses import AddressCounts
 from stickyproxy.proxy.gate import Gate
-from stickyproxy.proxy.pool import Pool
+from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
 from stickyproxy.proxy.settings import OFF
 from stickyproxy.wire.cookies import CookieReader, CookieWriter
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from stickyproxy.wire.forwarded import ConnectionOrigin
 
 TICK_S: Final = 0.25
-_PLACED_WINDOW_S: Final = 5.0
 _CLIENT_IDS_AT_ONCE: Final = 256
 
 
@@ -81,7 +80,7 @@ class Plane:
         self._changed: set[asyncio.Future[None]] = set()
         self._client_ids = b""
         self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
-        self._next_window = self.now + _PLACED_WINDOW_S
+        self._next_window = self.now + PLACED_WINDOW_S
         self._ticker = self.loop.call_later(TICK_S, self._tick)
 
     def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
@@ -191,6 +190,6 @@ class Plane:
             pool.expire(now)
         self.sessions.expire(now)
         if now >= self._next_window:
-            self._next_window = now + _PLACED_WINDOW_S
+            self._next_window = now + PLACED_WINDOW_S
             for pool in self.pools.values():
                 pool.placed_before, pool.placed = pool.placed, 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # A request that must not be repeated gets a connection that was used this recently, or a new one: the shortest
 # keep-alive among Python servers is gunicorn's 2 s.
 _FRESH_S: Final = 1.5
+PLACED_WINDOW_S: Final = 5.0
 _CLOSE_S: Final = 0.01  # the loop closes descriptors in its next turns
 _SHUTDOWN_S: Final = 60.0  # for an upstream to take the last bytes over TLS and to close too
 
@@ -134,6 +135,13 @@ class Pool:
         limit = now - self._plane.settings.timeouts.upstream_keep_alive_s
         while self.idle and self.idle[0].idle_since <= limit:
             self.idle.pop(0).close()
+
+    def on_return(self, age_s: float) -> None:
+        """Count a client that was placed `age_s` seconds ago no more: it came back, and is a session now."""
+        if age_s <= PLACED_WINDOW_S and self.placed:
+            self.placed -= 1
+        elif age_s <= 2 * PLACED_WINDOW_S and self.placed_before:
+            self.placed_before -= 1
 
     def empty(self) -> None:
         """Close the idle connections."""

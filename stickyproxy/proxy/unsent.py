@@ -23,6 +23,6 @@ def count_unsent(transport: asyncio.WriteTransport) -> int:
         return size
     try:
         queued = fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
-    except OSError:  # closed meanwhile
+    except (OSError, ValueError):  # closed meanwhile
         return size
     return size + int(struct.unpack("i", queued)[0])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stickyproxy.affinity.choose import NO_CHOICE, BreakReason, Choice, Outcome, Question, choose
+from stickyproxy.affinity.choose import ALL_FULL, NO_CHOICE, BreakReason, Choice, Outcome, Question, choose
 from stickyproxy.affinity.policy import Chance, choose_rendezvous
 from stickyproxy.affinity.sessions import Session
 from stickyproxy.affinity.snapshot import AdminState, Health, OnUnavailable, Rules, Snapshot, Upstream
@@ -162,6 +162,45 @@ def test_once_all_were_tried_a_doubtful_one_is() -> None:
         doubtful, Outcome.REDISPATCHED, BreakReason.UNREACHABLE
     )
     assert ask(Question(None, tried=tried | {doubtful.digest}), PINNED, doubtful, drained) == NO_CHOICE
+
+
+# Full upstreams
+
+
+def ask_with_load(question: Question, load: dict[str, int], *upstreams: Upstream) -> Choice:
+    """Choose while the upstreams named hold so many sessions."""
+    return choose(Snapshot("default", upstreams, Rules()), question, Chance(first), lambda one: load.get(one.id, 0))
+
+
+def test_a_full_upstream_gets_no_new_client() -> None:
+    full, other = Upstream("full", max_sessions=2), Upstream("other", max_sessions=100)
+    assert ask_with_load(Question(None), {"full": 1, "other": 50}, full, other).upstream is full
+    assert ask_with_load(Question(None), {"full": 2, "other": 50}, full, other).upstream is other
+    assert ask_with_load(Question(None, address_key=b"any"), {"full": 2}, full, other).upstream is other
+    unbounded = Upstream("unbounded")
+    assert ask_with_load(Question(None), {"full": 2, "unbounded": 1_000_000}, full, unbounded).upstream is unbounded
+
+
+def test_a_full_upstream_keeps_its_own_clients() -> None:
+    full = Upstream("pinned", max_sessions=1)
+    assert ask_with_load(Question(SESSION), {"pinned": 5}, full, OTHER) == Choice(full, Outcome.HIT)
+
+
+def test_where_all_are_full_nobody_is_placed() -> None:
+    one, two = Upstream("one", max_sessions=1), Upstream("two", max_sessions=1)
+    load = {"one": 1, "two": 1}
+    assert ask_with_load(Question(None), load, one, two) == ALL_FULL
+    assert ask_with_load(Question(None, address_key=b"any"), load, one, two) == ALL_FULL
+    dead = Upstream("pinned", is_refused=True)
+    assert ask_with_load(Question(SESSION), load, one, two, dead) == ALL_FULL
+    assert ask_with_load(Question(SESSION), {"one": 1}, one, two, dead).upstream is two
+
+
+def test_a_guard_does_not_pass_the_bound() -> None:
+    """Better a doubtful upstream than none, but not one that has no room."""
+    doubtful = Upstream("doubtful", health=Health.UNHEALTHY, max_sessions=1)
+    assert ask_with_load(Question(None), {}, doubtful).upstream is doubtful
+    assert ask_with_load(Question(None), {"doubtful": 1}, doubtful) == ALL_FULL
 
 
 def test_nothing_selects_what_the_operator_took_out() -> None:

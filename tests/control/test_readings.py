@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,9 @@ from typing_extensions import override
 from stickyproxy import __version__, config
 from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.snapshot import AdminState, Health, upstream_digest
+from stickyproxy.config import Address
 from stickyproxy.control import readings as readings_module
+from stickyproxy.control.certificates import CertificateFacts
 from stickyproxy.control.probe import Prober
 from stickyproxy.control.readings import LoopLag, Readings
 from stickyproxy.control.routing import Routing
@@ -127,6 +130,7 @@ async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
                         "id": "app-1",
                         "address": "127.0.0.1:8001",
                         "weight": 3,
+                        "max_sessions": None,
                         "admin_state": "ready",
                         "health": "unknown",
                         "is_refused": False,
@@ -140,6 +144,7 @@ async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
                         "id": "app-2",
                         "address": "unix:/run/app.sock",
                         "weight": 1,
+                        "max_sessions": None,
                         "admin_state": "ready",
                         "health": "unhealthy",
                         "is_refused": True,
@@ -198,6 +203,23 @@ async def test_the_numbers_of_the_plane_are_gathered(proxy: Proxy) -> None:
     assert numbers.guarded == {"default": True}
     assert sum(numbers.event_loop_lag.counts) == 1
     assert numbers.access_log_dropped == 0
+    assert (numbers.name_lookups, numbers.certificate_reloads, numbers.certificates) == ({}, {}, {})
+
+
+async def test_the_numbers_of_connections_names_and_certificates_are_gathered(proxy: Proxy) -> None:
+    proxy.plane.counters.handshakes["tls_failed"] = 3
+    proxy.plane.gate.pauses = 2
+    proxy.readings.is_ready = True
+    proxy.readings._resolver = cast("Any", SimpleNamespace(lookups={"changed": 4}))
+    facts = {0: (CertificateFacts(Path("/a.pem"), ("example.org",), 0.0, 99.0),), 7: ()}
+    proxy.readings._certificates = cast("Any", SimpleNamespace(reloads={"ok": 5}, facts=facts))
+    proxy.readings._worker.listeners = [cast("Any", SimpleNamespace(address=Address("127.0.0.1", 8443)))]
+    numbers = proxy.readings.take_numbers()
+    assert (numbers.handshakes, numbers.accept_pauses, numbers.is_accepting) == ({"tls_failed": 3}, 2, True)
+    assert (numbers.name_lookups, numbers.certificate_reloads) == ({"changed": 4}, {"ok": 5})
+    assert numbers.certificates == {("127.0.0.1:8443", "/a.pem"): 99.0}
+    proxy.plane.gate.is_open = False
+    assert not proxy.readings.take_numbers().is_accepting
 
 
 async def test_dropped_lines_of_the_access_log_are_among_them() -> None:

@@ -1,6 +1,7 @@
 """The routing state: what is published when, and what is said about it."""
 
 import logging
+import ssl
 from collections.abc import Mapping
 
 import pytest
@@ -9,6 +10,7 @@ from stickyproxy.affinity.health import HealthEvent, Observed
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot
 from stickyproxy.config import Address, Config, load_text
 from stickyproxy.control.routing import CLUSTER, Routing
+from stickyproxy.proxy.endpoint import Endpoint
 
 TWO = """
 upstreams:
@@ -28,11 +30,11 @@ class Published:
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
-        self.addresses: Mapping[str, Address] = {}
+        self.endpoints: dict[str, Endpoint] = {}
 
-    def __call__(self, snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
+    def __call__(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
         self.snapshots.append(snapshot)
-        self.addresses = addresses
+        self.endpoints = dict(endpoints)
 
     @property
     def last(self) -> Snapshot:
@@ -51,7 +53,9 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
 def test_the_first_snapshot_is_published_at_once() -> None:
     routing, published = make()
     assert published.snapshots == [routing.snapshot]
-    assert published.addresses == {"a": Address("127.0.0.1", 8001), "b": Address(path="/run/b.sock")}
+    a, b = Address("127.0.0.1", 8001), Address(path="/run/b.sock")
+    assert published.endpoints == {"a": Endpoint(a), "b": Endpoint(b)}
+    assert routing.addresses == {"a": a, "b": b}
     assert routing.snapshot.cluster == CLUSTER
     facts = [(one.id, one.weight, one.admin, one.health, one.is_refused) for one in routing.snapshot.upstreams]
     assert facts == [
@@ -148,8 +152,8 @@ def test_what_publish_reports_in_turn_is_not_lost() -> None:
     published = Published()
     routing: Routing
 
-    def publish(snapshot: Snapshot, addresses: Mapping[str, Address]) -> None:
-        published(snapshot, addresses)
+    def publish(snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
+        published(snapshot, endpoints)
         if len(published.snapshots) == 2:
             routing.report("b", REFUSED)
 
@@ -157,6 +161,39 @@ def test_what_publish_reports_in_turn_is_not_lost() -> None:
     routing.report("a", REFUSED)
     assert [one.is_refused for one in published.last.upstreams] == [True, True]
     assert routing.snapshot is published.last
+
+
+NAMED = """
+upstreams:
+  - {id: a, url: "https://app.internal:8443", max_sessions: 7}
+  - {id: b, url: "https://10.0.0.7", tls: {verify: false, server_name: app.internal}}
+  - {id: c, url: "http://app.internal:8001"}
+"""
+
+
+def test_endpoints_have_the_tls_of_their_upstreams() -> None:
+    published = Published()
+    contexts = {one: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) for one in ("a", "b")}
+    Routing(load_text(NAMED, {}), published, contexts)
+    assert published.endpoints == {
+        "a": Endpoint(Address("app.internal", 8443, is_tls=True), tls=contexts["a"]),
+        "b": Endpoint(Address("10.0.0.7", 443, is_tls=True), tls=contexts["b"], server_name="app.internal"),
+        "c": Endpoint(Address("app.internal", 8001)),
+    }
+    assert [one.max_sessions for one in published.last.upstreams] == [7, None, None]
+
+
+def test_what_names_stand_for_is_published_with_the_same_snapshot() -> None:
+    routing, published = make(NAMED)
+    before = routing.snapshot
+    routing.report("a", REFUSED)
+    routing.resolve({"a": "10.0.0.8", "c": "10.0.0.9"})
+    assert [published.endpoints[one].ip for one in ("a", "b", "c")] == ["10.0.0.8", "", "10.0.0.9"]
+    assert published.endpoints["a"].address == Address("app.internal", 8443, is_tls=True)
+    assert published.last is routing.snapshot is not before
+    routing.resolve({"a": "10.0.0.10"})
+    assert [published.endpoints[one].ip for one in ("a", "b", "c")] == ["10.0.0.10", "", "10.0.0.9"]
+    assert len(published.snapshots) == 4
 
 
 # The log
@@ -210,4 +247,4 @@ def test_no_upstreams_make_an_empty_snapshot() -> None:
     published = Published()
     routing = Routing(Config(), published)
     assert routing.snapshot.upstreams == ()
-    assert published.addresses == {}
+    assert published.endpoints == {}

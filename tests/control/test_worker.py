@@ -16,7 +16,7 @@ from stickyproxy.control.routing import Routing
 from stickyproxy.control.worker import Worker, make_sessions, make_settings
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.listener import bind
-from stickyproxy.proxy.settings import Settings, Timeouts
+from stickyproxy.proxy.settings import Pings, Settings, Timeouts
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
 from tests.helpers.plain_client import AbortedError, PlainClient
@@ -44,7 +44,19 @@ def test_the_settings_of_no_file_are_the_defaults() -> None:
             upstream_keep_alive_s=4,
             tunnel_idle_s=OFF,
             linger_s=2,
+            tls_handshake_s=10,
+            send_s=60,
+            response_idle_s=300,
+            websocket_handshake_s=60,
+            tunnel_max_age_s=OFF,
+            tunnel_max_age_jitter_percent=10,
         ),
+        handshake_bytes=128 * 1024,
+        body_bytes=OFF,
+        connections=OFF,
+        connections_per_address=OFF,
+        origins=None,
+        pings=None,
         trailers_bytes=8 * 1024,
         chunk_extensions_bytes=4 * 1024,
         buffer_bytes=64 * 1024,
@@ -60,10 +72,13 @@ def test_the_settings_of_no_file_are_the_defaults() -> None:
 EVERYTHING = """
 timeouts:
   {head: 1s, body_idle: off, keep_alive: 2s, connect: 3s, response: off, upstream_keep_alive: 4s, tunnel_idle: 5s,
-   linger: 6s}
+   linger: 6s, tls_handshake: 7s, send: 8s, response_idle: off, websocket_handshake: 9s, tunnel_max_age: 10s,
+   tunnel_max_age_jitter: 11}
 limits:
   {head: 70KiB, line: 7KiB, fields: 8, target: 5KiB, trailers: 10B, chunk_extensions: 11B, buffer: 12KiB,
-   upstream_idle_connections: 13}
+   upstream_idle_connections: 13, body: 14B, connections_per_address: 15, handshake: 16KiB}
+websocket:
+  ping: {interval: 17s, timeout: off}
 affinity:
   cookie:
     {name: pin, path: /app, domain: example.org, max_age: 1m, http_only: false, same_site: none, secure: true,
@@ -85,7 +100,17 @@ def test_every_setting_comes_from_the_file() -> None:
             upstream_keep_alive_s=4,
             tunnel_idle_s=5,
             linger_s=6,
+            tls_handshake_s=7,
+            send_s=8,
+            response_idle_s=OFF,
+            websocket_handshake_s=9,
+            tunnel_max_age_s=10,
+            tunnel_max_age_jitter_percent=11,
         ),
+        handshake_bytes=16 * 1024,
+        body_bytes=14,
+        connections_per_address=15,
+        pings=Pings(17, OFF),
         trailers_bytes=10,
         chunk_extensions_bytes=11,
         buffer_bytes=12 * 1024,
@@ -105,6 +130,15 @@ def test_every_setting_comes_from_the_file() -> None:
         forwarded=True,
         prefix="/app",
     )
+
+
+def test_the_connections_and_origins_that_are_allowed() -> None:
+    settings = make_settings(load_text("websocket: {origins: ['https://example.org'], ping: {}}", {}), 1234)
+    assert settings.connections == 1234
+    assert settings.pings == Pings(30, 20)
+    assert settings.origins is not None
+    assert settings.origins.allows(b"https://example.org", b"x")
+    assert not settings.origins.allows(b"https://example.com", b"x")
 
 
 def test_without_a_cookie_there_are_no_cookie_attributes() -> None:

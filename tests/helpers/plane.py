@@ -27,6 +27,7 @@ from stickyproxy.proxy.settings import Settings, Timeouts
 from tests.helpers.raw import RawLink, RawUpstream, eventually
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Sequence
 
     from stickyproxy.affinity.sessions import Session
@@ -59,10 +60,10 @@ class _Sessions(SessionTable):
         return session
 
     @override
-    def touch(self, session: Session, now: float) -> None:
+    def touch(self, session: Session, now: float) -> bool:
         if session not in self.all:
             self.all.append(session)
-        super().touch(session, now)
+        return super().touch(session, now)
 
 
 class _Faults(logging.Handler):
@@ -89,6 +90,7 @@ class PlaneUnderTest:
         self.reports: list[tuple[str, HealthEvent]] = []
         self.listeners: list[Listener] = []
         self.endpoint = Endpoint(LOOPBACK)
+        self.max_sessions: int | None = None  # of each upstream
         self.pools_seen: set[Pool] = set()
         self._clients: list[RawLink] = []
         self.admin = dict.fromkeys((one.id for one in upstreams), AdminState.READY)
@@ -112,7 +114,14 @@ class PlaneUnderTest:
         """Publish what the operator wants and what was observed."""
         self.rules = rules or self.rules
         states = tuple(
-            Upstream(one.id, 1, self.admin[one.id], self.observed[one.id].health, self.observed[one.id].is_refused)
+            Upstream(
+                one.id,
+                1,
+                self.admin[one.id],
+                self.observed[one.id].health,
+                self.observed[one.id].is_refused,
+                self.max_sessions,
+            )
             for one in self.upstreams
         )
         endpoints = {
@@ -146,14 +155,20 @@ class PlaneUnderTest:
         await listener.start()
         return listener
 
-    async def client(self, listener: Listener | None = None) -> RawLink:
-        """Connect to the first listener, or the one given."""
+    async def client(
+        self, listener: Listener | None = None, *, tls: ssl.SSLContext | None = None, name: str = "localhost"
+    ) -> RawLink:
+        """Connect to the first listener, or the one given; over TLS if `tls` is given, asking for a `name`."""
         listener = listener or self.listeners[0]
         loop, address = asyncio.get_running_loop(), listener.address
         if address.path:
             _, link = await loop.create_unix_connection(RawLink, address.path)
-        else:
+        elif tls is None:
             _, link = await loop.create_connection(RawLink, address.host or "127.0.0.1", int(listener.port))
+        else:
+            _, link = await loop.create_connection(
+                RawLink, address.host or "127.0.0.1", int(listener.port), ssl=tls, server_hostname=name
+            )
         self._clients.append(link)
         return link
 

@@ -269,6 +269,37 @@ def test_numbers_of_the_proxy_itself() -> None:
     assert value("event_loop_lag_seconds_sum") == pytest.approx(0.02)
 
 
+def test_what_comes_before_a_first_request_is_counted_from_zero() -> None:
+    value = Exposed(replace(make_numbers(), handshakes={"tls_failed": 3}))
+    assert value("handshakes_total", outcome="tls_failed") == 3
+    assert value("handshakes_total", outcome="tls_completed") == 0
+    assert value("handshakes_total", outcome="proxy_protocol_refused") == 0
+
+
+@pytest.mark.parametrize("is_accepting", [True, False])
+def test_whether_clients_are_accepted_is_told(is_accepting: bool) -> None:  # noqa: FBT001
+    value = Exposed(replace(make_numbers(), is_accepting=is_accepting, accept_pauses=4))
+    assert value("accepting") == is_accepting
+    assert value("accept_pauses_total", reason="connections") == 4
+
+
+def test_certificates_and_names_are_told() -> None:
+    certificates = {("127.0.0.1:443", "/a.pem"): 1e9, ("127.0.0.1:443", "/b.pem"): 2e9}
+    value = Exposed(
+        replace(
+            make_numbers(),
+            certificates=certificates,
+            certificate_reloads={"ok": 1, "failed": 2},
+            name_lookups={"changed": 3},
+        )
+    )
+    for (listener, path), not_after in certificates.items():
+        name = "certificate_not_after_timestamp_seconds"
+        assert value(name, listener=listener, certificate=path) == not_after
+    assert value("certificate_reloads_total", outcome="failed") == 2
+    assert value("name_lookups_total", outcome="changed") == 3
+
+
 def test_the_build_and_the_process_are_described() -> None:
     text, _ = write_metrics(make_numbers(), "")
     assert b'stickyproxy_build_info{python="3.' in text

@@ -10,7 +10,9 @@ import pytest
 from stickyproxy.config import Address
 from stickyproxy.proxy.settings import Settings
 from stickyproxy.tasks import spawn
+from stickyproxy.wire.head import MAX_PIECES
 from tests.helpers.raw import GET, eventually, request
+from tests.helpers.tunnels import HANDSHAKE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -483,3 +485,47 @@ async def test_a_broken_response_cuts_the_connection(proxy: PlaneUnderTest, tmp_
     app.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel").close()
     assert not (await client.read_rest()).endswith(b"0\r\n\r\n")
     assert client.ending == ("eof" if is_unix else "reset")
+
+
+async def test_a_head_in_too_many_pieces_is_refused(proxy: PlaneUnderTest) -> None:
+    client = await proxy.client()
+    client.send(b"GET / HTTP/1.1\r\nX: ")
+    await eventually(lambda: [one for one in proxy.plane.downstreams if one._held])
+    (downstream,) = proxy.plane.downstreams
+    while downstream._pieces < MAX_PIECES:
+        before = downstream._pieces
+        client.send(b"x")
+        await eventually(lambda before=before: downstream._pieces > before, look_s=0)  # type: ignore[misc]
+    assert not client.held
+    client.send(b"x")
+    response = await client.read_response()
+    assert response.status == 400
+    assert "too many pieces" in response["Proxy-Status"]
+
+
+async def test_the_pieces_are_those_of_one_head(proxy: PlaneUnderTest) -> None:
+    client = await proxy.client()
+    app = None
+    for number in range(3):
+        client.send(b"GET / HTTP/1.1\r\n")
+        await eventually(lambda: [one for one in proxy.plane.downstreams if one._held])
+        (downstream,) = proxy.plane.downstreams
+        assert downstream._pieces == 0
+        downstream._pieces = MAX_PIECES - 1
+        client.send(b"Host: a\r\n\r\n")
+        app = app or await proxy.upstream.accept()
+        await app.read_request()
+        app.answer(b"%d" % number)
+        assert (await client.read_response()).body == b"%d" % number
+
+
+async def test_the_head_of_a_websocket_handshake_has_a_limit_of_its_own(start: Start) -> None:
+    proxy = await start(settings=Settings(handshake_bytes=400))
+    client = await proxy.client()
+    client.send(HANDSHAKE.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 400 + b"\r\n\r\n"))
+    response = await client.read_response()
+    assert (response.status, response["Connection"]) == (431, "close")
+    other, app = await proxy.open(request("GET /", "X: " + "x" * 400))
+    await app.read_request()
+    app.answer()
+    assert (await other.read_response()).status == 200

@@ -15,7 +15,9 @@ from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.snapshot import AdminState, Rules
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
+from stickyproxy.wire.origin import OriginRules
 from tests.helpers.raw import GET, RawUpstream, eventually, request
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE
 
 if TYPE_CHECKING:
     from stickyproxy.proxy.upstream import UpstreamConnection
@@ -506,6 +508,170 @@ async def test_an_upstream_that_does_not_answer_is_504(start: Start) -> None:
     other.answer(b"new")
     assert (await client.read_response()).body == b"new", "a late answer reaches nobody"
     assert (await app.read_rest()) == b""
+
+
+async def test_a_response_that_stands_still_is_cut(start: Start) -> None:
+    proxy = await start(response_idle_s=0.3)
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
+    assert (await client.read_message()).status == 200
+    assert await client.read_rest() == b"hello"
+    assert client.ending == "reset"
+    assert await app.read_rest() == b""
+    assert "nothing more of its response" in (await proxy.recorded()).error
+
+
+async def test_a_response_that_goes_on_is_not_cut(start: Start) -> None:
+    proxy = await start(response_idle_s=1.0)
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n")
+    assert (await client.read_message()).status == 200
+    began = proxy.plane.now
+    for _ in range(8):  # 2 s in all
+        before = proxy.plane.now
+        app.send(b"x")
+        assert await client.read(1) == b"x"
+        await eventually(lambda before=before: proxy.plane.now > before)  # type: ignore[misc]
+    assert proxy.plane.now - began > 1.5
+    assert (await proxy.recorded()).status == 200
+
+
+async def test_an_event_stream_may_be_silent(start: Start) -> None:
+    proxy = await start(response_idle_s=0.2)
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n\r\ndata: 1\n\n")
+    assert (await client.read_message()).status == 200
+    assert await client.read_chunk() == b"data: 1\n\n"
+    (downstream,) = proxy.plane.downstreams
+    assert downstream.deadline == float("inf")
+    before = proxy.plane.now
+    await eventually(lambda: proxy.plane.now > before + 1)
+    app.send(b"data: 2\n\n")
+    assert await client.read_chunk() == b"data: 2\n\n"
+
+
+async def test_a_client_that_takes_nothing_of_a_response_is_cut(start: Start) -> None:
+    proxy = await start(send_s=0.3)
+    client, app = await proxy.open(GET)
+    client.stop_reading()
+    await app.read_request()
+    app.answer(b"x" * 50_000_000)
+    record = await proxy.recorded()
+    assert (record.status, record.error) == (499, "the client took nothing of the response in time")
+    assert proxy.pool().counters.attempts["client_gone"] == 1
+    await eventually(lambda: not proxy.plane.downstreams)
+    app.follow()
+    await eventually(lambda: app.is_over)
+
+
+async def test_a_client_that_takes_a_response_slowly_gets_all_of_it(start: Start) -> None:
+    """What the kernel still holds counts: nothing moves in the process while it drains."""
+    proxy = await start(send_s=1.0)
+    client, app = await proxy.open(GET)
+    client.stop_reading()
+    await app.read_request()
+    size = 12_000_000
+    app.answer(b"x" * size)
+    await client.ready()
+    (downstream,) = proxy.plane.downstreams
+    began = proxy.plane.now
+    while client.received_bytes < size and not client.is_over:
+        client.read_again()
+        before = client.received_bytes
+        await eventually(lambda before=before: client.received_bytes > before or client.is_over)  # type: ignore[misc]
+        client.stop_reading()
+        if proxy.plane.now < began + 3:
+            now = proxy.plane.now
+            await eventually(lambda now=now: proxy.plane.now > now)  # type: ignore[misc]
+    client.read_again()
+    assert len((await client.read_response()).body) == size
+    assert (await proxy.recorded()).status == 200
+    assert downstream.deadline > proxy.plane.now
+
+
+async def test_a_websocket_handshake_has_a_time_of_its_own(start: Start) -> None:
+    proxy = await start(websocket_handshake_s=0.2)
+    client, app = await proxy.open(HANDSHAKE)
+    await app.read_request()
+    response = await client.read_response()
+    assert response.status == 504
+    assert await app.read_rest() == b""
+
+
+# Limits
+
+
+@pytest.mark.parametrize("expect", ["", "Expect: 100-continue"])
+async def test_a_body_that_is_too_large_is_413_before_it_comes(start: Start, expect: str) -> None:
+    proxy = await start(settings=Settings(body_bytes=100))
+    client = await proxy.client()
+    client.send(request("POST /", "Content-Length: 101", *filter(None, [expect])))
+    response = await client.read_response()
+    assert (response.status, response["Connection"]) == (413, "close")
+    client.send(b"x" * 101)  # still on its way: the answer could be read all the same
+    assert proxy.upstream.links == []
+    client.close()
+    record = await proxy.recorded()
+    assert (record.status, record.upstream) == (413, "")
+
+
+async def test_a_body_as_large_as_may_be_passes(start: Start) -> None:
+    proxy = await start(settings=Settings(body_bytes=100))
+    client, app = await proxy.open(request("POST /", "Content-Length: 100") + b"x" * 100)
+    assert (await app.read_request()).body == b"x" * 100
+    app.answer()
+    assert (await client.read_response()).status == 200
+    client.send(request("POST /", CHUNKED) + b"64\r\n" + b"x" * 100 + b"\r\n0\r\n\r\n")
+    assert (await app.read_request()).body == b"x" * 100
+    app.answer()
+    assert (await client.read_response()).status == 200
+
+
+async def test_chunks_that_are_too_many_are_413_and_the_upstream_sees_no_end(start: Start) -> None:
+    proxy = await start(settings=Settings(body_bytes=100))
+    client, app = await proxy.open(request("POST /", CHUNKED) + b"64\r\n" + b"x" * 100 + b"\r\n")
+    await app.read_message()
+    client.send(b"1\r\ny\r\n0\r\n\r\n")
+    response = await client.read_response()
+    assert (response.status, response["Connection"]) == (413, "close")
+    assert not (await app.read_rest()).endswith(b"0\r\n\r\n")
+
+
+# Origins
+
+
+def websocket_from(origin: str) -> bytes:
+    return HANDSHAKE.replace(b"\r\n\r\n", f"\r\nOrigin: {origin}\r\n\r\n".encode())
+
+
+async def test_a_websocket_from_another_site_is_403(start: Start) -> None:
+    proxy = await start(settings=Settings(origins=OriginRules(("https://example.org",))))
+    client = await proxy.client()
+    for handshake in (websocket_from("https://example.com"), HANDSHAKE):
+        client.send(handshake)
+        response = await client.read_response()
+        assert response.status == 403
+        assert "http_request_denied" in response["Proxy-Status"]
+    assert proxy.upstream.links == []
+    client.send(websocket_from("https://example.org"))
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    assert (await client.read_message()).status == 101
+
+
+async def test_origins_matter_to_websockets_only(start: Start) -> None:
+    proxy = await start(settings=Settings(origins=OriginRules(("https://example.org",))))
+    client, app = await proxy.open(request("GET /", "Origin: https://example.com"))
+    await app.read_request()
+    app.answer()
+    assert (await client.read_response()).status == 200
+
+
+# Uploads that the upstream does not take
 
 
 async def test_an_upstream_that_does_not_take_the_body_is_504(start: Start) -> None:

@@ -366,3 +366,29 @@ async def test_counts_while_it_is_under_way(proxy: PlaneUnderTest) -> None:
     app.answer()
     await client.read_response()
     assert (pool.counters.in_flight, session.open) == (0, 0)
+
+
+# Full upstreams
+
+
+async def test_new_clients_go_where_there_is_room_and_then_hear_when_to_come_again(start: Start) -> None:
+    proxy = await start(2)
+    proxy.max_sessions = 2
+    proxy.publish()
+    cookies = []
+    for _ in range(4):
+        where, _, answer = await visit(proxy)
+        cookies.append((where, answer.cookie))
+    assert {where.id for where, _ in cookies} == {"app-1", "app-2"}
+    client = await proxy.client()
+    client.send(GET)
+    response = await client.read_response()
+    assert (response.status, response["Retry-After"]) == (503, "10")
+    assert "connection_limit_reached" in response["Proxy-Status"]
+    assert "set-cookie" not in response
+    for where, cookie in cookies:
+        assert (await visit(proxy, cookie))[0] is where
+    assert proxy.plane.counters.affinity["full"] == 1
+    proxy.max_sessions = 3
+    proxy.publish()
+    await visit(proxy, client=client)

@@ -101,6 +101,11 @@ async def test_the_load_counts_sessions_strangers_and_those_just_placed(proxy: P
     await app.read_request()
     app.answer()
     await client.read_response()
+    assert plane.load(upstream) == 1  # who came back is a session, and no longer one just placed
+    client.send(GET)
+    await app.read_request()
+    app.answer()
+    await client.read_response()
     assert plane.load(upstream) == 2
     for before, after in (((1, 0), (0, 1)), ((0, 1), (0, 0))):
         assert (pool.placed, pool.placed_before) == before

@@ -214,3 +214,18 @@ async def test_the_connect_timeout_ends_a_dial(start: Start, monkeypatch: pytest
     pool = Pool(proxy.plane, "far", b"12345678", Endpoint(Address("127.0.0.1", proxy.upstream.port)))
     with pytest.raises(TimeoutError):
         await pool.dial()
+
+
+async def test_a_client_that_came_back_is_no_longer_one_just_placed(proxy: PlaneUnderTest) -> None:
+    pool = proxy.pool()
+    pool.placed, pool.placed_before = 2, 1
+    pool.on_return(0.0)
+    assert (pool.placed, pool.placed_before) == (1, 1)
+    pool.on_return(7.0)
+    assert (pool.placed, pool.placed_before) == (1, 0)
+    pool.on_return(7.0)
+    pool.on_return(60.0)
+    assert (pool.placed, pool.placed_before) == (1, 0)
+    pool.on_return(1.0)
+    pool.on_return(1.0)
+    assert (pool.placed, pool.placed_before) == (0, 0)

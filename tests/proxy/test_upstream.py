@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stickyproxy.proxy.settings import Settings
-from stickyproxy.wire.head import HeadLimits
+from stickyproxy.wire.head import MAX_PIECES, HeadLimits
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 
 if TYPE_CHECKING:
@@ -139,3 +139,22 @@ async def test_an_upstream_that_ends_while_it_is_written_to_is_let_go(start: Sta
     await eventually(lambda: downstream.is_paused)
     app.half_close()
     assert (await client.read_response()).status == 502
+
+
+async def test_a_response_head_in_too_many_pieces_is_502(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    (downstream,) = proxy.plane.downstreams
+    assert downstream.exchange is not None
+    connection = downstream.exchange._connection
+    assert connection is not None
+    app.send(b"HTTP/1.1 200 OK\r\nX: ")
+    await eventually(lambda: connection._pieces == 1)
+    while connection._pieces < MAX_PIECES:
+        before = connection._pieces
+        app.send(b"x")
+        await eventually(lambda before=before: connection._pieces > before, look_s=0)  # type: ignore[misc]
+    assert not client.held
+    app.send(b"x")
+    assert (await client.read_response()).status == 502
+    assert await app.read_rest() == b""
