@@ -10,7 +10,6 @@ import asyncio
 import errno
 import logging
 import socket
-from dataclasses import dataclass
 from functools import partial
 from random import SystemRandom
 from time import perf_counter
@@ -35,13 +34,13 @@ from stickyproxy.observe.counters import ProbeCounters
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable
 
     from aiohttp.abc import ResolveResult
 
-    from stickyproxy.config import Address, Health, Probe
+    from stickyproxy.config import Health, Probe
     from stickyproxy.control.routing import Routing
+    from stickyproxy.proxy.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +62,6 @@ _EVENTS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """How an upstream is reached at this moment.
-
-    `host` is what to connect to: an IP address, or a name whose addresses are tried in turn; None where the name has
-    no address yet; of no meaning with a Unix socket. `tls` is None where the upstream speaks plain HTTP, `server_name`
-    what is verified, None for the host of `address`.
-    """
-
-    address: Address
-    host: str | None
-    tls: ssl.SSLContext | None = None
-    server_name: str | None = None
-
-
 class ProbeFailedError(Exception):
     """An upstream answered a probe, but not well; the text says how."""
 
@@ -89,10 +73,7 @@ class Connecting:
         self._endpoint = endpoint
 
     async def probe(self) -> None:
-        """Connect; raise OSError, ConnectionRefusedError only where every address of the name refuses.
-
-        Raises ProbeFailedError where the name has no address yet.
-        """
+        """Connect; raise OSError, ConnectionRefusedError only where every address of the name refuses."""
         errors: list[OSError] = []
         for family, address in await _find_addresses(self._endpoint()):
             try:
@@ -108,16 +89,9 @@ class Connecting:
 async def _find_addresses(endpoint: Endpoint) -> list[tuple[socket.AddressFamily, SocketAddress]]:
     if endpoint.address.is_unix:
         return [(socket.AF_UNIX, endpoint.address.path)]
-    found = await asyncio.get_running_loop().getaddrinfo(
-        _host_of(endpoint), endpoint.address.port, type=socket.SOCK_STREAM
-    )
+    host, port = endpoint.ip or endpoint.address.host, endpoint.address.port
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [(family, address) for family, _, _, _, address in found]
-
-
-def _host_of(endpoint: Endpoint) -> str:
-    if endpoint.host is None:
-        raise ProbeFailedError("its name has no address yet")
-    return endpoint.host
 
 
 async def _connect(family: socket.AddressFamily, address: SocketAddress) -> None:
@@ -154,7 +128,7 @@ class Asking:
         url = URL(f"{scheme}://{self._authority}{self._settings.path}", encoded=True)
         try:
             async with self._session.get(
-                url, allow_redirects=False, ssl=endpoint.tls or True, server_hostname=endpoint.server_name
+                url, allow_redirects=False, ssl=endpoint.tls or True, server_hostname=endpoint.server_name or None
             ) as response:
                 status = response.status
         except ClientConnectorError as error:
@@ -170,7 +144,7 @@ class Asking:
 
 
 class _EndpointResolver(ThreadedResolver):
-    """Finds the addresses of an upstream where it is reached at this moment, whatever name aiohttp asks for."""
+    """Answers with what the name of an upstream stands for now, and asks the system only where nobody follows it."""
 
     def __init__(self, endpoint: Callable[[], Endpoint]) -> None:
         super().__init__()
@@ -180,7 +154,7 @@ class _EndpointResolver(ThreadedResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        return await super().resolve(_host_of(self._endpoint()), port, family)
+        return await super().resolve(self._endpoint().ip or host, port, family)
 
 
 class Watch:
@@ -234,13 +208,12 @@ class Watch:
 class Prober:
     """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
-    `endpoint_of` says before each probe how an upstream is reached; by default at its address, without TLS.
+    Each probe goes to the endpoint that the upstream has at that moment.
     """
 
-    def __init__(self, health: Health, routing: Routing, endpoint_of: Callable[[str], Endpoint] | None = None) -> None:
+    def __init__(self, health: Health, routing: Routing) -> None:
         self._settings = health.probe
         self._routing = routing
-        self._endpoint_of = endpoint_of or self._default_endpoint
         self._watches: list[Watch] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._first: dict[str, Outcome] = {}
@@ -249,7 +222,7 @@ class Prober:
 
     def start(self) -> None:
         """Begin to probe, all upstreams at once."""
-        for upstream_id in self._routing.addresses:
+        for upstream_id in self._routing.endpoints:
             self._watches.append(watch := self._make_watch(upstream_id))
             self.counters[upstream_id] = watch.counters
             self._tasks.append(spawn(self._keep(watch), f"probe {upstream_id}"))
@@ -263,9 +236,8 @@ class Prober:
         for watch in self._watches:
             await watch.close()
 
-    def _default_endpoint(self, upstream_id: str) -> Endpoint:
-        address = self._routing.addresses[upstream_id]
-        return Endpoint(address, address.host)
+    def _endpoint_of(self, upstream_id: str) -> Endpoint:
+        return self._routing.endpoints[upstream_id]
 
     def _make_watch(self, upstream_id: str) -> Watch:
         settings = self._settings

@@ -23,7 +23,7 @@ from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
-from stickyproxy.proxy.unsent import count_unsent
+from stickyproxy.proxy.socket_state import count_unsent
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.request_head import RequestHeadReader
 

@@ -27,13 +27,13 @@ from stickyproxy.observe.record import Record
 from stickyproxy.proxy.placement import Placement
 from stickyproxy.proxy.relay import Relay
 from stickyproxy.proxy.respond import write_error
+from stickyproxy.proxy.socket_state import count_unsent
 from stickyproxy.proxy.tunnel import Tunnel
-from stickyproxy.proxy.unsent import count_unsent
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.body import BodyError
 from stickyproxy.wire.forwarded import client_address
 from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE
-from stickyproxy.wire.headers import find_field
+from stickyproxy.wire.headers import count_fields, find_field
 from stickyproxy.wire.request_head import write_request_head
 from stickyproxy.wire.response_head import write_response_head
 
@@ -137,7 +137,11 @@ class Exchange:
 
     def _allows_origin(self) -> bool:
         rules, section = self.plane.settings.origins, self.head.section
-        return rules is None or rules.allows(find_field(section, b"origin") or None, self.head.host)
+        if rules is None:
+            return True
+        count = count_fields(section, b"origin")
+        origin = find_field(section, b"origin") if count else None
+        return count <= 1 and rules.allows(origin, self.head.host)
 
     def _choose_and_attempt(self, *, has_waited: bool = False) -> None:
         """Choose an upstream and try it; wait for it, or answer, where there is none."""

@@ -39,14 +39,13 @@ class Gate:
         return self._plane.connections < self._limit
 
     def on_accepted(self) -> None:
-        """Close the gate when the last place was taken; idle keep-alive connections are closed to make room."""
+        """Close the gate when the last place was taken."""
         if self.is_open and not self.has_room:
             self.is_open = False
             self.pauses += 1
             logger.warning("%d clients are connected, as many as may be: others wait", self._plane.connections)
             for listener in self.listeners:
                 listener.pause()
-            self._evict()
 
     def on_closed(self) -> None:
         """Open the gate again once there is room for many."""
@@ -54,9 +53,13 @@ class Gate:
             self._open()
 
     def sweep(self) -> None:
-        """Open the gate again once there is room for one."""
-        if not self.is_open and self.has_room:
+        """Open the gate again once there is room for one, and make room where somebody waits."""
+        if self.is_open:
+            return
+        if self.has_room:
             self._open()
+        elif any(listener.has_waiting for listener in self.listeners):
+            self._evict()
 
     def _open(self) -> None:
         if self._plane.is_stopping:

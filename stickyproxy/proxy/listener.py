@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 from dataclasses import dataclass
@@ -136,6 +137,13 @@ class Listener:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+
+    @property
+    def has_waiting(self) -> bool:
+        """Say whether a client waits to be accepted; one system call."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Accept nobody any more; connections already open go on."""

@@ -17,6 +17,7 @@ from stickyproxy.proxy.addresses import AddressCounts
 from stickyproxy.proxy.gate import Gate
 from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
 from stickyproxy.proxy.settings import OFF
+from stickyproxy.proxy.socket_state import is_reset
 from stickyproxy.wire.cookies import CookieReader, CookieWriter
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from stickyproxy.wire.forwarded import ConnectionOrigin
 
 TICK_S: Final = 0.25
+_LOOK_S: Final = 1.0  # between two looks for connections that were reset while nobody read them
 _CLIENT_IDS_AT_ONCE: Final = 256
 
 
@@ -81,6 +83,7 @@ class Plane:
         self._client_ids = b""
         self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
         self._next_window = self.now + PLACED_WINDOW_S
+        self._next_look = self.now + _LOOK_S
         self._ticker = self.loop.call_later(TICK_S, self._tick)
 
     def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
@@ -174,6 +177,13 @@ class Plane:
         for pool in self.pools.values():
             pool.close()
 
+    def _drop_reset(self) -> None:
+        """Drop the connections that were reset while nobody read them: the loop does not see that."""
+        for downstream in [one for one in self.downstreams if one.is_paused and is_reset(one.transport)]:
+            downstream.abort()
+        for tunnel in tuple(self.tunnels):
+            tunnel.drop_reset()
+
     def _tick(self) -> None:
         self._ticker = self.loop.call_later(TICK_S, self._tick)
         self.now = now = time.monotonic()
@@ -186,6 +196,9 @@ class Plane:
             for tunnel in tuple(self.tunnels):
                 tunnel.sweep(now)
         self.gate.sweep()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._drop_reset()
         for pool in self.pools.values():
             pool.expire(now)
         self.sessions.expire(now)

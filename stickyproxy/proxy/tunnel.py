@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from typing_extensions import override
 
 from stickyproxy.proxy.pinger import Pinger
+from stickyproxy.proxy.socket_state import is_reset
 from stickyproxy.wire.frames import (
     ABNORMAL,
     BAD_GATEWAY,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from stickyproxy.wire.pings import PongFilter
 
 Initiator = Literal["client", "upstream", "proxy"]
+_MAX_LINGERS: Final = 15  # times `linger_s`: 30 s by default, as nginx's lingering_time
 _FLUSH_S: Final = 60.0  # for a side to take the last bytes once the tunnel is over (nginx: send_timeout 60 s)
 
 
@@ -215,7 +217,7 @@ class Tunnel:
             return
         _write_eof(self.opposite(side).transport)
         if side is self.upstream:
-            self._end_within(self._plane.settings.timeouts.linger_s)
+            self._end_when_quiet()
 
     def on_lost(self, side: Side, error: Exception | None) -> None:
         """Close the side that is left; a client is told why."""
@@ -228,7 +230,7 @@ class Tunnel:
             self._say_close(BAD_GATEWAY if error is not None else SERVICE_RESTART, "the application broke off")
             _write_eof(other.transport)
             side.is_eof = True
-            self._end_within(self._plane.settings.timeouts.linger_s)
+            self._end_when_quiet()
             return
         self._end()
 
@@ -307,6 +309,12 @@ class Tunnel:
         self._blame(side, "ping_timeout")
         side.transport.abort()
 
+    def drop_reset(self) -> None:
+        """Drop a side that was reset while it was not read, since the other one takes nothing."""
+        for side in (self.client, self.upstream):
+            if not side.transport.is_reading() and is_reset(side.transport):
+                side.transport.abort()
+
     def abort(self) -> None:
         """Cut both sides at once."""
         self._initiator = self._initiator or "proxy"
@@ -335,18 +343,33 @@ class Tunnel:
             self._said = code
             self.client.other = _DISCARD
 
+    def _end_when_quiet(self, times: int = _MAX_LINGERS) -> None:
+        """End once the client has stopped sending, so that no reset overtakes the Close frame on its way to it."""
+        before = self.client.received_bytes
+
+        def look() -> None:
+            if self.client.received_bytes != before and times > 0:
+                self._end_when_quiet(times - 1)
+            else:
+                self._end()
+
+        self._stop_timer()
+        self._timer = self._plane.loop.call_later(self._plane.settings.timeouts.linger_s, look)
+
     def _end_within(self, delay_s: float) -> None:
+        self._stop_timer()
+        self._timer = self._plane.loop.call_later(delay_s, self._end)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._plane.loop.call_later(delay_s, self._end)
+            self._timer = None
 
     def _end(self, *, at_once: bool = False) -> None:
         if self._is_over:
             return
         self._is_over = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         for side in (self.client, self.upstream):
             if at_once:
                 side.transport.abort()

@@ -15,6 +15,7 @@ from stickyproxy.wire.headers import REQUEST_SPECIALS, RESPONSE_SPECIALS, FieldE
 _SIZE_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t -~\x80-\xff]*)?"
 )  # RFC 9112, section 7.1; the white space is "bad" but met in the wild
+_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _NO_TRAILERS: Final[tuple[bytes, ...]] = ()
 # What a trailer must not carry because the head has decided it (RFC 9110, section 6.5.1).
 _NOT_IN_TRAILERS: Final = frozenset(
@@ -172,6 +173,9 @@ class ChunkedReader:
             return at + 2
         stop = data.find(b"\r\n\r\n", at)
         # As long as the end has not come whole, up to three bytes of it may have.
+        here = stop + 2 if stop >= 0 else len(data)
+        if _BARE_LINE_END.search(data, at, min(here, at + self._max_trailers + 3)):  # do not wait for an end
+            raise BodyError("a bare CR or LF in the trailer section")
         if (stop if stop >= 0 else len(data) - 3) - at > self._max_trailers:
             raise BodyError("the trailer section is too large")
         if stop < 0:

@@ -11,13 +11,17 @@ if TYPE_CHECKING:
 
 
 class CookieReader:
-    """Finds one cookie by name in Cookie fields; names are compared octet by octet (RFC 6265, section 5.4)."""
+    """Finds one cookie by name in Cookie fields; names are compared octet by octet (RFC 6265, section 5.4).
 
-    __slots__ = ("_pattern", "_prefix")
+    White space around a name does not belong to it (section 5.2): applications that strip it would see the cookie.
+    """
+
+    __slots__ = ("_name", "_pattern", "_prefix")
 
     def __init__(self, name: str) -> None:
-        self._prefix = name.encode("ascii") + b"="
-        self._pattern = re.compile(rb"(?:(?<=;)|\A)[ \t]*" + re.escape(self._prefix) + rb"([^;]*)(?:;|\Z)")
+        self._name = name.encode("ascii")
+        self._prefix = self._name + b"="
+        self._pattern = re.compile(rb"(?:(?<=;)|\A)[ \t]*" + re.escape(self._name) + rb"[ \t]*=([^;]*)(?:;|\Z)")
 
     def take(self, section: Section, positions: list[int]) -> bytes | None:
         """Return the value of the cookie and take it out of the Cookie fields, the parts at `positions`.
@@ -28,7 +32,7 @@ class CookieReader:
         token: bytes | None = None
         for at in positions:
             line = section[at]
-            if self._prefix not in line:
+            if self._name not in line:
                 continue
             value = line[line.index(b":") + 2 : -2]
             if value.startswith(self._prefix) and b";" not in value:  # it is alone

@@ -107,9 +107,10 @@ class FrameScanner:
 def _read_close_code(data: bytes, at: int, size: int, *, is_masked: bool) -> int:
     if size < 2:  # noqa: PLR2004 -- a code has two bytes
         return NO_STATUS
-    if not is_masked:
-        return (data[at] << 8) | data[at + 1]
-    return ((data[at] ^ data[at - 4]) << 8) | (data[at + 1] ^ data[at - 3])
+    first, second = data[at], data[at + 1]
+    if is_masked:
+        first, second = first ^ data[at - 4], second ^ data[at - 3]
+    return (first << 8 | second) or NO_STATUS  # 0 is no code, but a Close frame all the same
 
 
 def write_close(code: int, reason: str, *, mask: bytes | None = None) -> bytes:

@@ -21,18 +21,20 @@ _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
 # The numbers are those of the groups in the expressions below. What matches without a group is dropped: it concerns
 # one connection only (RFC 9110, section 7.6.1), or an application with a CGI-like environment, which cannot tell `_`
 # from `-`, would take it for a field that the proxy vouches for. `Proxy` would become HTTP_PROXY there ("httpoxy").
+# Proxy-Authorization and Proxy-Authenticate are for the next proxy, which is this one (RFC 9110, section 11.7).
 # The alternatives are arranged by their first letters, for they are tried one by one at each line.
+_SAID = rb"(?:by|for|host|p(?:ort|refix|roto(?:col)?)|s(?:cheme|erver|sl))"
 REQUEST_SPECIALS: Final = re.compile(
     rb"\n(?:(host)|c(?:(ookie)|on(?:(nection)|(tent-length)|tent_length))|t(?:(ransfer-encoding)|ransfer_encoding|e)"
     rb"|(upgrade)|(via)"
-    rb"|(x-(?:forwarded-(?:for|host|port|prefix|proto|scheme|ssl)|re(?:al-ip|quest-id)|scheme)|forwarded)"
-    rb"|x[-_](?:forwarded[-_](?:for|host|port|prefix|proto|scheme|ssl)|re(?:al[-_]ip|quest[-_]id)|scheme)"
-    rb"|keep-alive|http2-settings|proxy(?:-connection)?): "
+    rb"|(x-(?:forwarded-" + _SAID + rb"|re(?:al-ip|quest-id)|scheme)|forwarded)"
+    rb"|x[-_](?:forwarded[-_]" + _SAID + rb"|re(?:al[-_]ip|quest[-_]id)|scheme)"
+    rb"|keep-alive|http2-settings|proxy(?:-connection|-authorization)?): "
 )
 HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, VIA, FORWARDED = range(1, 9)
 RESPONSE_SPECIALS: Final = re.compile(
     rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)"
-    rb"|keep-alive|proxy-connection): "
+    rb"|keep-alive|proxy-(?:connection|authenticat(?:e|ion-info))): "
 )
 (RESPONSE_CONNECTION, RESPONSE_CONTENT_LENGTH, RESPONSE_CACHE_CONTROL, RESPONSE_TRANSFER_ENCODING, RESPONSE_UPGRADE) = (
     range(1, 6)
@@ -93,6 +95,12 @@ def find_field(section: Section, name: bytes) -> bytes:
             if line[: len(name)].lower() == name and line[len(name) : len(name) + 1] == b":":
                 return line[len(name) + 2 :]
     return b""
+
+
+def count_fields(section: Section, name: bytes) -> int:
+    """Return how many fields have this lower-case name; for the slow path only. O(fields)."""
+    start = name + b":"
+    return sum(line[: len(start)].lower() == start for part in section for line in part.split(b"\r\n"))
 
 
 def parse_content_length(value: bytes) -> int:

@@ -35,7 +35,7 @@ _DGRAM: Final = 2
 _FAMILIES: Final = {1: 4, 2: 16, 3: 108}  # AF_INET, AF_INET6, AF_UNIX: bytes of one address
 _UNIX: Final = 3
 _IP_VERSIONS: Final = {1: 4, 2: 6}
-_MAX_TLVS: Final = 64  # so that a header that comes byte by byte costs little; HAProxy sends up to 15
+_MAX_TLVS: Final = 64  # so that a header that comes byte by byte costs little; 15 types are registered
 _CRC32C: Final = 0x03
 _CRC32C_BYTES: Final = 4
 _SSL: Final = 0x20
@@ -203,16 +203,15 @@ def _read_tlvs(data: bytes, at: int, end: int) -> bool:
         if kind == _SSL:
             if stop - start < _SSL_FIXED_BYTES:
                 raise ProxyHeaderError("a TLV about TLS that is too short")
-            is_tls = bool(data[start : start + 1]) and bool(data[start] & _CLIENT_SSL)
+            is_tls = bool(int.from_bytes(data[start : start + 1], "big") & _CLIENT_SSL)
             for _ in _walk_tlvs(data, start + _SSL_FIXED_BYTES, stop):
                 pass
             seen.add(kind)
         elif kind == _CRC32C:
             if stop - start != _CRC32C_BYTES:
                 raise ProxyHeaderError("a checksum that has not four bytes")
-            if len(data) >= end and crc32c(data[:start] + bytes(4) + data[stop:end]) != int.from_bytes(
-                data[start:stop], "big"
-            ):
+            zeroed = data[:start] + bytes(_CRC32C_BYTES) + data[stop:end]
+            if len(data) >= end and crc32c(zeroed) != int.from_bytes(data[start:stop], "big"):
                 raise ProxyHeaderError("a checksum that does not fit")
             seen.add(kind)
     return is_tls

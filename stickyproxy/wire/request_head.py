@@ -23,6 +23,7 @@ from stickyproxy.wire.headers import (
     FieldError,
     canonicalise,
     drop_fields,
+    find_field,
     parse_list,
 )
 
@@ -35,9 +36,16 @@ if TYPE_CHECKING:
 # No "#" in a target: a fragment is never sent, and who reads the path differently with it could be led astray.
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#@:][^/?#@]*)([/?].*)?")
-# uri-host [ ":" port ] of RFC 9110, section 7.2, with the underscore that container names use.
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.%A-Za-z0-9_~\-]+\]|[A-Za-z0-9._~!$&'()*+;=%\-]*)(?::[0-9]{0,5})?")
+# uri-host [ ":" port ] of RFC 9110, section 7.2, or nothing; with the underscore that container names use, and in
+# brackets only what can be an address, or a name there would be another one for who drops the brackets.
+_HOST = re.compile(
+    rb"(?:(?:\[(?=[^\]]*:)[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~\-]+)?\]"
+    rb"|(?:[A-Za-z0-9._~!$&'()*+;=\-]++|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?)?"
+)
 _WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
+_COUNTED: Final = frozenset({b"TRACE", b"OPTIONS"})  # their Max-Forwards counts the proxies (RFC 9110, section 7.6.2)
+_NEVER_REPEATED: Final = _COUNTED | {b"CONNECT"}
+_HOPS = re.compile(rb"[0-9]{1,18}")
 
 
 class RequestHead:
@@ -131,7 +139,7 @@ class RequestHeadReader:
         section = data[line.start(3) : end]
         if section == self._section and target[:1] == b"/" and len(target) <= self._limits.target_bytes:
             last = self._last
-            if last is not None and method != b"CONNECT":
+            if last is not None and method not in _NEVER_REPEATED:
                 return last.repeat(method, target)
         head = parse_request_head(data, end, self._limits)
         if self._cookies is not None and head.cookies is not None:
@@ -166,7 +174,9 @@ def parse_request_head(data: bytes, end: int, limits: HeadLimits) -> RequestHead
     if target[:1] != b"/" or method == b"CONNECT":
         _read_target(head)
     else:
-        head.is_repeatable = framing is None
+        head.is_repeatable = framing is None and method not in _COUNTED
+    if method in _COUNTED:
+        _count_down(head)
     return head
 
 
@@ -227,8 +237,9 @@ def _read_request_section(head: RequestHead, data: bytes, start: int, end: int) 
         raise FieldError("several Host fields" if hosts else "no Host field")
     if _HOST.fullmatch(head.host) is None:
         raise FieldError("an invalid Host")
-    if head.is_http_10 and not head.host:  # it names none, and the proxy will name one: never two
-        head.section = drop_fields(head.section, {b"host"})
+    if head.is_http_10:
+        # An expectation is ignored there (RFC 9110, section 10.1.1), and who names no host gets one from the proxy.
+        head.section = drop_fields(head.section, {b"expect"} if head.host else {b"expect", b"host"})
     return framing
 
 
@@ -248,14 +259,29 @@ def _read_target(head: RequestHead) -> None:
     match = _ABSOLUTE.fullmatch(head.target)
     if match is None or _HOST.fullmatch(match[1]) is None:
         raise RequestError("a request target that is no path")
-    path = match[2] or b"/"
-    head.target = path if path[:1] == b"/" else b"/" + path
+    path = match[2]
+    if path is None:
+        head.target = b"*" if head.method == b"OPTIONS" else b"/"  # RFC 9112, section 3.2.4
+    else:
+        head.target = path if path[:1] == b"/" else b"/" + path
     head.host = match[1]
     # The authority of the target replaces Host, whatever that said.
     section = drop_fields(head.section, {b"host"})
     head.section = [b"Host: " + head.host + b"\r\n", *section]
     if head.cookies is not None:
         head.cookies = [at + 1 for at in head.cookies]
+
+
+def _count_down(head: RequestHead) -> None:
+    """Take one from Max-Forwards; refuse what is meant for the proxy itself, which has nothing to tell."""
+    hops = find_field(head.section, b"max-forwards")
+    if not hops:
+        return
+    if _HOPS.fullmatch(hops) is None:
+        raise RequestError("an invalid Max-Forwards")
+    if int(hops) == 0:
+        raise RequestError("a request that Max-Forwards ends here", status=501)
+    head.section = [*drop_fields(head.section, {b"max-forwards"}), b"Max-Forwards: %d\r\n" % (int(hops) - 1)]
 
 
 def _read_request_framing(head: RequestHead, framing: Framing) -> None:
@@ -271,14 +297,21 @@ def _read_request_framing(head: RequestHead, framing: Framing) -> None:
         if head.is_http_10:
             raise RequestError("Transfer-Encoding in an HTTP/1.0 request")
         if framing.transfer_encoding != b"chunked":
-            if parse_list(framing.transfer_encoding)[-1:] != [b"chunked"]:
-                raise RequestError("a Transfer-Encoding that does not end in chunked")
-            raise RequestError("a transfer coding other than chunked", status=501)
+            raise _transfer_encoding_error(framing.transfer_encoding)
         head.length = CHUNKED
     elif framing.length is not None:
         head.length = framing.length
     # Anything but a WebSocket handshake loses its Upgrade (RFC 6455, section 4.1; h2c is never passed on).
     head.is_upgrade = framing.is_websocket and head.method == b"GET" and head.length == 0 and not head.is_http_10
+
+
+def _transfer_encoding_error(value: bytes) -> RequestError:
+    codings = parse_list(value)
+    if codings[-1:] != [b"chunked"]:
+        return RequestError("a Transfer-Encoding that does not end in chunked")
+    if b"chunked" in codings[:-1] or len(codings) == 1:  # twice (RFC 9112, section 6.1), or beside empty elements
+        return RequestError("a Transfer-Encoding that is not just one chunked")
+    return RequestError("a transfer coding other than chunked", status=501)
 
 
 def _drop_named(head: RequestHead, named: list[bytes]) -> None:

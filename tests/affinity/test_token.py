@@ -24,6 +24,7 @@ TOKENS = st.builds(
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),
 )
+END_OF_TIME = 2**32
 
 
 @settings(deadline=None)
@@ -31,7 +32,7 @@ TOKENS = st.builds(
 def test_what_is_written_is_read_again(token: Token, secret: bytes) -> None:
     codec = TokenCodec([secret])
     value = codec.write(token)
-    assert codec.parse(value, token.seen_at) == token
+    assert codec.parse(value, END_OF_TIME) == token
     assert re.fullmatch(rb"v1\.[A-Za-z0-9_-]{56}", value)
 
 
@@ -121,10 +122,16 @@ def test_nothing_can_be_read_from_a_token() -> None:
     assert len(others) == 99
 
 
-@pytest.mark.parametrize(("ahead_s", "is_taken"), [(0, True), (300, True), (301, False), (3600, False), (-86400, True)])
-def test_clocks_of_replicas_may_differ_by_five_minutes(ahead_s: int, is_taken: bool) -> None:  # noqa: FBT001
-    value = CODEC.write(Token(TOKEN.digest, TOKEN.client_id, NOW, NOW + ahead_s))
-    assert (CODEC.parse(value, NOW) is not None) is is_taken
+@pytest.mark.parametrize("ahead_s", [0, 1, 300, 3600, 10**8])
+def test_times_ahead_of_the_clock_count_as_now(ahead_s: int) -> None:
+    """By another replica's clock, or by this machine's before it was put right; the token is genuine all the same."""
+    value = CODEC.write(Token(TOKEN.digest, TOKEN.client_id, NOW + ahead_s, NOW + ahead_s))
+    assert CODEC.parse(value, NOW + 0.5) == Token(TOKEN.digest, TOKEN.client_id, NOW, NOW)
+
+
+def test_times_in_the_past_stay() -> None:
+    past = Token(TOKEN.digest, TOKEN.client_id, NOW - 86_400, NOW - 3600)
+    assert CODEC.parse(CODEC.write(past), NOW) == past
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest_asyncio
 from stickyproxy import __version__
 from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.snapshot import Health
-from stickyproxy.config import Config
+from stickyproxy.config import Config, UpstreamTls
 from stickyproxy.control import probe
+from stickyproxy.control.certificates import make_upstream_context
 from stickyproxy.control.probe import Prober
 from stickyproxy.control.routing import Routing
+from tests.helpers.certificates import Authority
 
 DEADLINE_S = 30
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -43,23 +47,25 @@ class App:
         self.heads: list[bytes] = []
         self.connections = 0
         self.keeps_open = False
+        self.waits_for_head = True
         self.left_over = b""
         self._server: asyncio.Server | None = None
         self.url = ""
 
-    async def start(self, path: Path | None = None, port: int = 0) -> "App":
+    async def start(self, path: Path | None = None, port: int = 0, tls: ssl.SSLContext | None = None) -> "App":
         if path is not None:
             self._server = await asyncio.start_unix_server(self._serve, path)
             self.url = f"unix:{path}"
         else:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
-            self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=tls)
+            self.url = f"http{'' if tls is None else 's'}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
-            self.heads.append(await reader.readuntil(b"\r\n\r\n"))
+            if self.waits_for_head:
+                self.heads.append(await reader.readuntil(b"\r\n\r\n"))
             if self.answer is not None:
                 writer.write(self.answer)
                 await writer.drain()
@@ -86,11 +92,15 @@ class Bench:
         self.apps: list[App] = []
         self.events: list[tuple[str, HealthEvent]] = []
 
-    async def app(self, answer: bytes = OK, *, path: Path | None = None, port: int = 0) -> App:
-        self.apps.append(await App(answer).start(path, port))
+    async def app(
+        self, answer: bytes = OK, *, path: Path | None = None, port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> App:
+        self.apps.append(await App(answer).start(path, port, tls))
         return self.apps[-1]
 
-    def run(self, *urls: str, settings: Mapping[str, object] | bool) -> None:
+    def run(
+        self, *urls: str, settings: Mapping[str, object] | bool, ip: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
         upstreams = [{"id": f"app-{number}", "url": url} for number, url in enumerate(urls, 1)]
         config = Config.model_validate({"upstreams": upstreams, "health": {"probe": settings}})
         self.routing = Routing(config, lambda *_: None)
@@ -101,8 +111,13 @@ class Bench:
             report(upstream_id, event)
 
         self.routing.report = note  # type: ignore[method-assign]
+        self.renew(ip=ip, tls=tls)
         self.prober = Prober(config.health, self.routing)
         self.prober.start()
+
+    def renew(self, **what: Any) -> None:
+        """Let the first upstream be reached in another way."""
+        self.routing.endpoints["app-1"] = replace(self.routing.endpoints["app-1"], **what)
 
     def health(self, upstream_id: str = "app-1") -> Health:
         return self.routing.observed[upstream_id].health
@@ -351,6 +366,92 @@ async def test_without_probes_only_refused_upstreams_are_tried(bench: Bench, fre
     await until(lambda: other.connections >= 1)  # accepted, if later than the probe was content
 
 
+# How an upstream is reached
+
+
+async def test_the_address_of_a_name_is_taken_anew_for_each_probe(bench: Bench, settings: dict[str, object]) -> None:
+    app = await bench.app()
+    bench.run(app.url.replace("127.0.0.1", "app.invalid"), settings=settings, ip="127.0.0.1")
+    await until(lambda: bench.outcomes().get("passed", 0) > 1)
+    bench.renew(ip="127.0.0.2")  # nobody listens there
+    await until(bench.is_refused)
+    assert set(bench.outcomes()) == {"passed", "refused"}
+    assert all(b"\r\nHost: app.invalid:" in head for head in app.heads)
+
+
+class Tls:
+    """An authority, what an app has of it, and what its upstream says."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.authority = Authority(folder)
+        leaf = self.authority.issue(name)
+        self.of_app = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.of_app.load_cert_chain(leaf.certificate, leaf.key)
+
+    def client(self, **more: object) -> ssl.SSLContext:
+        return make_upstream_context(UpstreamTls.model_validate({"ca": str(self.authority.file), **more}))
+
+
+async def test_a_path_is_asked_for_over_tls(bench: Bench, tmp_path: Path) -> None:
+    tls = Tls(tmp_path, "app.invalid")
+    app = await bench.app(tls=tls.of_app)
+    bench.run(app.url.replace("127.0.0.1", "app.invalid"), settings=HTTP, ip="127.0.0.1", tls=tls.client())
+    await until(lambda: len(app.heads) > 1)
+    assert set(bench.outcomes()) == {"passed"}
+    assert bench.health() is Health.HEALTHY
+    assert f"Host: app.invalid:{app.url.rpartition(':')[2]}".encode() in app.heads[0].split(b"\r\n")
+
+
+async def test_the_name_in_the_configuration_is_the_one_that_is_asked_for_and_verified(
+    bench: Bench, tmp_path: Path
+) -> None:
+    tls = Tls(tmp_path, "other.invalid")
+    asked: list[str | None] = []
+    tls.of_app.sni_callback = lambda _, name, __: asked.append(name)
+    app = await bench.app(tls=tls.of_app)
+    bench.run(app.url.replace("127.0.0.1", "app.invalid"), settings=HTTP, ip="127.0.0.1", tls=tls.client())
+    await until(lambda: bench.outcomes().get("failed", 0) > 1)  # the certificate is for another name
+    assert not bench.is_refused()
+    assert set(asked) == {"app.invalid"}
+    bench.renew(server_name="other.invalid")
+    await until(lambda: bench.outcomes().get("passed", 0) > 1)
+    assert asked[-1] == "other.invalid"
+
+
+async def test_an_address_with_tls_is_verified(bench: Bench, tmp_path: Path) -> None:
+    tls = Tls(tmp_path, "127.0.0.1")
+    app = await bench.app(tls=tls.of_app)
+    bench.run(app.url, settings=HTTP, tls=tls.client())
+    await until(lambda: len(app.heads) > 1)
+    assert set(bench.outcomes()) == {"passed"}
+
+
+@pytest.mark.parametrize("fault", ["stranger", "plain app", "no certificate shown"])
+async def test_a_handshake_that_fails_is_a_failed_probe_and_no_refusal(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    caplog.set_level(logging.INFO, logger="stickyproxy")
+    tls = Tls(tmp_path, "127.0.0.1")
+    if fault == "no certificate shown":
+        tls.of_app.verify_mode = ssl.CERT_REQUIRED
+    client = tls.client() if fault != "stranger" else make_upstream_context(UpstreamTls())
+    app = await bench.app(b"HTTP/1.1 400 Bad Request\r\n\r\n", tls=None if fault == "plain app" else tls.of_app)
+    app.waits_for_head = False
+    bench.run(app.url.replace("http:", "https:"), settings=HTTP, tls=client)
+    await until(lambda: bench.health() is Health.UNHEALTHY)
+    assert set(bench.outcomes()) == {"failed"}
+    assert not bench.is_refused()
+    assert "crashed" not in caplog.text
+
+
+async def test_a_connection_without_tls_is_enough_without_a_path(bench: Bench, tmp_path: Path) -> None:
+    app = await bench.app(tls=Tls(tmp_path, "127.0.0.1").of_app)
+    bench.run(app.url, settings=CONNECT, tls=make_upstream_context(UpstreamTls()))  # which believes no such app
+    await until(lambda: bench.outcomes().get("passed", 0) > 1)
+    assert set(bench.outcomes()) == {"passed"}
+    assert app.heads == []
+
+
 # Each for itself
 
 
@@ -361,7 +462,7 @@ async def test_a_crash_of_one_probe_stops_no_other_and_blames_nobody(
     real_probe = probe.Connecting.probe
 
     async def crash_for_first(self: probe.Connecting) -> None:
-        if f"http://{self._address}" == first.url:
+        if f"http://{self._endpoint().address}" == first.url:
             raise RuntimeError("a fault")
         await real_probe(self)
 

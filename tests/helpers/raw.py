@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, cast
 
@@ -130,7 +132,7 @@ class RawLink(asyncio.Protocol):
     @override
     def eof_received(self) -> bool:
         self.has_eof = True
-        return not self._follows
+        return not self._follows and self.transport.can_write_eof()  # TLS has no half-closed connections
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -300,6 +302,88 @@ class RawLink(asyncio.Protocol):
         return f"<RawLink {self.ending} held={bytes(self.held[:60])!r}>"
 
 
+class SealedLink:
+    """A client's end of TLS over a link, step by step: nothing is sent, read or answered but what the test says."""
+
+    def __init__(self, link: RawLink, context: ssl.SSLContext, name: str = "localhost") -> None:
+        self.link = link
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        self.has_close_notify = False
+
+    def hello(self) -> bytes:
+        """Return the bytes that begin the handshake."""
+        with suppress(ssl.SSLWantReadError):
+            self.tls.do_handshake()
+        return self._outgoing.read()
+
+    async def shake(self) -> bytes:
+        """Take what the other end answers to the hello until the handshake is done here; return the last bytes of it.
+
+        They are not sent: over TLS 1.3 the other end waits for them.
+        """
+        while True:
+            assert await self._take(), f"the connection ended: {self.link.ending}"
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self.link.send(self._outgoing.read())
+            else:
+                return self._outgoing.read()
+
+    async def open(self) -> Self:
+        """Do the whole handshake."""
+        self.link.send(self.hello())
+        self.link.send(await self.shake())
+        return self
+
+    def seal(self, data: bytes) -> bytes:
+        """Return the bytes that carry `data`."""
+        self.tls.write(data)
+        return self._outgoing.read()
+
+    def close_notify(self) -> bytes:
+        """Return the alert that ends this end's half (RFC 8446, section 6.1)."""
+        with suppress(ssl.SSLWantReadError):
+            self.tls.unwrap()
+        return self._outgoing.read()
+
+    async def read_some(self) -> bytes:
+        """Return what comes next; nothing at the end, and then `has_close_notify` tells how it came."""
+        while True:
+            try:
+                data = self.tls.read(65536)
+            except ssl.SSLWantReadError:
+                if not await self._take():
+                    return b""
+                continue
+            self.has_close_notify = not data
+            return data
+
+    async def read_until(self, end: bytes) -> bytes:
+        """Return what comes up to and with `end`, and what came together with it."""
+        data = bytearray()
+        while end not in data:
+            piece = await self.read_some()
+            assert piece, f"only {bytes(data)!r} came"
+            data += piece
+        return bytes(data)
+
+    async def read_rest(self) -> bytes:
+        """Return all that comes until the end."""
+        data = bytearray()
+        while piece := await self.read_some():
+            data += piece
+        return bytes(data)
+
+    async def _take(self) -> int:
+        """Wait for bytes and take them; return how many, 0 at the end of the connection."""
+        await eventually(lambda: self.link.held or self.link.is_over, "something comes")
+        size = self._incoming.write(self.link.held)
+        self.link.held.clear()
+        return size
+
+
 class RawUpstream:
     """A listening socket; each connection that it gets is a RawLink, in the order in which they came."""
 
@@ -309,29 +393,32 @@ class RawUpstream:
         self.host = ""
         self.port = 0
         self.path = ""
+        self.tls: ssl.SSLContext | None = None
         self.reads_at_once = True
         self.on_accept: Callable[[RawLink], object] | None = None
         self._given = 0
         self._server: asyncio.Server | None = None
 
-    async def start(self, *, host: str = "127.0.0.1", path: str = "", port: int = 0) -> Self:
-        """Listen; at a Unix socket if `path` is given."""
+    async def start(
+        self, *, host: str = "127.0.0.1", path: str = "", port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> Self:
+        """Listen; at a Unix socket if `path` is given, over TLS if `tls` is."""
         loop = asyncio.get_running_loop()
+        self.tls = tls
         if path:
             self.path = path
             self._server = await loop.create_unix_server(self._accept, path)
         else:
             self.host = host
-            self._server = await loop.create_server(self._accept, host, port)
+            self._server = await loop.create_server(self._accept, host, port, ssl=tls)
             self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     def _accept(self) -> RawLink:
-        link = RawLink(self._begin)
-        self.links.append(link)
-        return link
+        return RawLink(self._begin)
 
     def _begin(self, link: RawLink) -> None:
+        self.links.append(link)
         if not self.reads_at_once:
             asyncio.get_running_loop().call_soon(link.stop_reading)  # uvloop reads after `connection_made`
         if self.on_accept is not None:
@@ -357,7 +444,7 @@ class RawUpstream:
 
     async def restart(self) -> None:
         """Listen again at the same place."""
-        await self.start(host=self.host, path=self.path, port=self.port)
+        await self.start(host=self.host, path=self.path, port=self.port, tls=self.tls)
 
     def close(self) -> None:
         """End all."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stickyproxy.config import Address
+from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.settings import Settings
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.head import MAX_PIECES
@@ -529,3 +530,104 @@ async def test_the_head_of_a_websocket_handshake_has_a_limit_of_its_own(start: S
     await app.read_request()
     app.answer()
     assert (await other.read_response()).status == 200
+
+
+# Redirects to https
+
+
+async def redirecting(start: Start, port: int = 443) -> PlaneUnderTest:
+    return await start(role=Role(redirect_to_https=port))
+
+
+async def test_a_redirect_is_recorded_and_counted_once_and_reaches_no_upstream(start: Start) -> None:
+    proxy = await redirecting(start, 8443)
+    client = await proxy.client()
+    for number in range(1, 4):
+        client.send(request("GET /a?b"))
+        response = await client.read_response()
+        assert (response.status, response["Location"]) == (308, "https://example.org:8443/a?b")
+        assert "Connection" not in response
+        record = await proxy.recorded(number)
+        assert (record.status, record.method, record.target, record.host) == (308, b"GET", b"/a?b", b"example.org")
+        assert record.request_id == response["X-Request-ID"]
+        assert proxy.exchanges == number
+    assert proxy.upstream.links == []
+
+
+@pytest.mark.parametrize("line", ["HEAD /", "OPTIONS *", "GET /", "DELETE /x"])
+async def test_pipelined_requests_are_redirected_in_order(start: Start, line: str) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(request(line) * 3 + request("GET /last", "Connection: close") + GET)
+    target = line.split()[1].replace("*", "/")
+    for _ in range(3):
+        response = await client.read_message()
+        assert (response["Location"], response["Content-Length"]) == (f"https://example.org{target}", "0")
+    response = await client.read_message()
+    assert (response["Location"], response["Connection"]) == ("https://example.org/last", "close")
+    assert await client.read_rest() == b""
+    await proxy.recorded(4)
+
+
+async def test_a_body_that_is_redirected_is_not_awaited(start: Start) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(request("POST /x", "Content-Length: 3000000", "Expect: 100-continue"))
+    response = await client.read_message()
+    assert (response.status, response["Connection"]) == (308, "close")
+    client.send(bytes(3_000_000))
+    assert await client.read_rest() == b""
+    assert client.ending == "eof"
+    await proxy.recorded()
+
+
+async def test_a_large_body_that_came_already_does_not_hide_the_redirect(start: Start) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(request("POST /x", body=bytes(3_000_000)))
+    assert (await client.read_response()).status == 308
+    assert await client.read_rest() == b""
+    assert client.ending == "eof"
+
+
+async def test_a_request_without_a_host_cannot_be_redirected(start: Start) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(b"GET / HTTP/1.0\r\n\r\n")
+    assert (await client.read_response()).status == 400
+    assert (await proxy.recorded()).error == "the request names no host to be redirected to"
+    client = await proxy.client()
+    client.send(request(version="1.0"))
+    response = await client.read_response()
+    assert (response.status, response["Connection"]) == (308, "close")
+    await proxy.recorded(2)
+
+
+async def test_a_websocket_is_redirected_too(start: Start) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(request("GET /ws", "Connection: Upgrade", "Upgrade: websocket"))
+    assert (await client.read_response())["Location"] == "https://example.org/ws"
+
+
+async def test_a_plane_without_a_log_redirects_too(start: Start) -> None:
+    proxy = await redirecting(start)
+    log, proxy.plane.log = proxy.plane.log, None
+    client = await proxy.client()
+    client.send(GET)
+    assert (await client.read_response()).status == 308
+    proxy.plane.log = log
+    assert proxy.exchanges == 1
+    proxy.plane.counters.none.exchanges = [0] * len(proxy.plane.counters.none.exchanges)
+
+
+async def test_a_stopping_plane_redirects_and_closes(start: Start) -> None:
+    proxy = await redirecting(start)
+    client = await proxy.client()
+    client.send(GET)
+    await client.read_response()
+    proxy.plane.is_stopping = True
+    client.send(GET)
+    response = await client.read_response()
+    assert (response.status, response["Connection"]) == (308, "close")
+    await client.read_rest()

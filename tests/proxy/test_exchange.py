@@ -650,7 +650,8 @@ def websocket_from(origin: str) -> bytes:
 async def test_a_websocket_from_another_site_is_403(start: Start) -> None:
     proxy = await start(settings=Settings(origins=OriginRules(("https://example.org",))))
     client = await proxy.client()
-    for handshake in (websocket_from("https://example.com"), HANDSHAKE):
+    twice = websocket_from("https://example.org\r\nOrigin: https://example.com")
+    for handshake in (websocket_from("https://example.com"), HANDSHAKE, twice, websocket_from("")):
         client.send(handshake)
         response = await client.read_response()
         assert response.status == 403

@@ -65,13 +65,18 @@ async def test_idle_connections_make_room(start: Start) -> None:
     proxy.plane.now += 1
     await serve_one(proxy, idle[1], app)
     fresh = await proxy.client()
-    await eventually(lambda: proxy.plane.connections == 3)
     fourth = await proxy.client()
+    await eventually(lambda: not proxy.plane.gate.is_open)
+    before = proxy.plane.now
+    await eventually(lambda: proxy.plane.now > before + 1)
+    assert proxy.plane.connections == 4, "nobody waits, so nobody has to go"
+    fifth, sixth = await proxy.client(), await proxy.client()
+    await serve_one(proxy, fifth, app)
     assert await idle[0].read_rest() == b""
-    await eventually(lambda: proxy.plane.gate.is_open)
-    assert not fresh.is_over
-    assert not fourth.is_over
-    assert not idle[1].is_over
+    assert await idle[1].read_rest() == b""
+    await eventually(lambda: proxy.plane.connections == 4)
+    for client in (fresh, fourth, sixth):
+        assert not client.is_over
 
 
 async def test_without_a_limit_the_gate_stays_open(start: Start) -> None:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
+import struct
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 import pytest
 
 from stickyproxy.config import ListenerTls
 from stickyproxy.control.certificates import make_listener_context
+from stickyproxy.proxy import tunnel as tunnel_module
 from stickyproxy.proxy.listener import Role
+from stickyproxy.proxy.settings import Settings
+from stickyproxy.proxy.socket_state import count_unsent
 from tests.helpers.certificates import Authority
 from tests.helpers.raw import GET, RawLink, SealedLink, eventually, request
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE, close_of, ended, frame, the_tunnel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stickyproxy.proxy.downstream import Downstream
     from tests.helpers.plane import PlaneUnderTest, Start
+    from tests.helpers.raw import Message
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +281,572 @@ async def test_a_proxy_that_stops_cuts_handshakes(
     assert not proxy.plane.handshakes
     await proxy.plane.wait_until_empty()
     assert handshakes(proxy)["tls_failed"] >= 3
+
+
+# Exchanges over TLS
+
+
+async def opened(proxy: PlaneUnderTest, context: ssl.SSLContext, data: bytes = GET) -> tuple[SealedLink, RawLink]:
+    """Open a connection step by step, send a request, and return the client and the upstream's end."""
+    client = await (await sealed(proxy, context)).open()
+    client.link.send(client.seal(data))
+    return client, await proxy.upstream.accept()
+
+
+async def test_pipelined_requests_are_answered_in_order(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client = await proxy.client(tls=trusting)
+    client.send(b"".join(request(f"GET /{number}") for number in range(5)))
+    app = await proxy.upstream.accept()
+    for number in range(5):
+        assert (await app.read_request()).target == f"/{number}"
+        app.answer(b"%d" % number)
+        assert (await client.read_response()).body == b"%d" % number
+
+
+async def test_chunked_bodies_and_100_continue(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client = await proxy.client(tls=trusting)
+    client.send(request("POST /", "Transfer-Encoding: chunked", "Expect: 100-continue"))
+    app = await proxy.upstream.accept()
+    await app.read_message()
+    app.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert (await client.read_message()).status == 100
+    client.send(b"5\r\nhello\r\n0\r\n\r\n")
+    assert await app.read_chunked() == (b"hello", [])
+    app.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nfoo\r\n")
+    assert (await client.read_message()).status == 200
+    assert await client.read_chunk() == b"foo"  # before the rest of it has come
+    app.send(b"3\r\nbar\r\n0\r\n\r\n")
+    assert await client.read_chunked() == (b"bar", [])
+    await proxy.recorded()
+
+
+async def test_a_slow_client_gets_all_of_a_large_response(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client = await proxy.client(tls=trusting)
+    client.send(GET)
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    client.stop_reading()
+    body = bytes(range(256)) * (30 * 4096)
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+    highest = sent = 0
+    downstream = only(proxy)
+
+    def stand() -> None:
+        nonlocal highest
+        highest = max(highest, downstream.transport.get_write_buffer_size())
+
+    while not downstream.is_blocked:
+        app.send(body[sent : sent + 65536])
+        sent += 65536
+        await app.ready()
+        stand()
+    assert sent < len(body)
+    app.send(body[sent:])
+    client.read_again()
+    while client.received_bytes < len(body):
+        stand()
+        if len(client.held) > 100_000:
+            client.stop_reading()
+            await asyncio.sleep(0)
+            assert body.find(client.held[-100:]) >= 0
+            client.keeps = client.received_bytes < 20_000_000
+            client.held.clear()
+            client.read_again()
+        await asyncio.sleep(0)
+    await proxy.recorded()
+    assert proxy.records[0].sent_bytes == len(body)
+    assert highest < 1024 * 1024
+    assert client.received_bytes > len(body)
+
+
+async def test_an_upload_waits_for_its_upstream(start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext) -> None:
+    proxy = await start(role=Role(tls=server))
+    proxy.upstream.reads_at_once = False
+    client = await proxy.client(tls=trusting)
+    body = bytes(range(256)) * 65536
+    client.send(request("POST /", body=body))
+    app = await proxy.upstream.accept()
+    downstream = only(proxy)
+    await eventually(lambda: downstream.is_paused)
+    pool_links = [one for one in (downstream.exchange._connection,) if one is not None] if downstream.exchange else []
+    assert all(one.transport.get_write_buffer_size() < 1024 * 1024 for one in pool_links)
+    app.read_again()
+    assert (await app.read_request()).body == body
+    app.answer(b"thanks")
+    assert (await client.read_response()).body == b"thanks"
+
+
+# How it ends
+
+
+async def test_a_client_that_closes_in_its_response_is_gone(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client, app = await opened(proxy, trusting)
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+    await client.read_until(b"half")
+    client.link.send(client.close_notify())
+    await app.read_rest()
+    assert (await proxy.recorded()).status == 499
+    await eventually(lambda: not proxy.plane.downstreams)
+
+
+async def test_a_client_that_closes_before_its_response_is_gone(
+    proxy: PlaneUnderTest, trusting: ssl.SSLContext
+) -> None:
+    client, app = await opened(proxy, trusting)
+    await app.read_request()
+    client.link.half_close()
+    await app.read_rest()
+    assert (await proxy.recorded()).status == 499
+
+
+async def test_a_client_that_closes_and_takes_nothing_is_counted_once_and_let_go(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    proxy = await start(role=Role(tls=server), send_s=0.3, linger_s=0.3)
+    client, app = await opened(proxy, trusting)
+    await app.read_request()
+    client.link.stop_reading()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 50000000\r\n\r\n" + bytes(30_000_000))
+    downstream = only(proxy)
+    await eventually(lambda: downstream.is_blocked)
+    client.link.send(client.close_notify())
+    assert (await proxy.recorded()).status == 499
+    await eventually(lambda: not proxy.plane.downstreams)
+    assert len(proxy.records) == 1
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_a_response_until_the_end_of_the_connection_ends_with_close_notify_only_if_it_is_whole(
+    proxy: PlaneUnderTest, trusting: ssl.SSLContext, *, is_cut: bool
+) -> None:
+    client, app = await opened(proxy, trusting, request(version="1.0"))
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+    await client.read_until(b"hello")
+    if is_cut:
+        app.reset()
+    else:
+        app.send(b"0\r\n\r\n")
+    assert await client.read_rest() == b""
+    assert client.has_close_notify is not is_cut
+    assert (await proxy.recorded()).error == ("the upstream broke off its response" if is_cut else "")
+
+
+async def test_a_response_of_known_length_is_visibly_cut(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client = await proxy.client(tls=trusting)
+    client.send(GET)
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
+    await client.read_until(b"hello")
+    app.reset()
+    assert await client.read_rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"rubbish\r\n\r\n", 400),
+        (request("POST /", "Content-Length: 3000000"), 413),
+        (b"GET /" + b"x" * 20000, 414),
+        (request("CONNECT a:1", "Content-Length: 3000000"), 405),
+    ],
+)
+async def test_a_client_that_goes_on_sending_can_read_the_answer(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext, sent: bytes, status: int
+) -> None:
+    proxy = await start(role=Role(tls=server), settings=Settings(body_bytes=1000))
+    client = await (await sealed(proxy, trusting)).open()
+    client.link.send(client.seal(sent))
+    for _ in range(100):
+        client.link.send(client.seal(b"x" * 30_000))
+    await client.link.flush()
+    answer = await client.read_until(b"\r\n\r\n")
+    assert int(answer.split()[1]) == status
+    await client.read_rest()
+    assert client.has_close_notify
+    client.link.close()
+    await proxy.recorded()
+
+
+async def test_a_head_that_does_not_come_in_time_is_408(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    proxy = await start(role=Role(tls=server), head_s=0.3)
+    client = await (await sealed(proxy, trusting)).open()
+    client.link.send(client.seal(GET[:10]))
+    assert b" 408 " in await client.read_until(b"\r\n\r\n")
+    await client.read_rest()
+    assert client.has_close_notify
+
+
+@pytest.mark.parametrize("how", ["refused", "close", "keep_alive", "silent", "stop", "stop in exchange"])
+async def test_a_client_that_never_answers_close_notify_is_let_go(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext, how: str
+) -> None:
+    limits = {"keep_alive": {"keep_alive_s": 0.3}, "silent": {"head_s": 0.3}}.get(how, {})
+    proxy = await start(role=Role(tls=server), linger_s=0.3, **limits)
+    sent = {"refused": b"rubbish\r\n\r\n", "close": request("GET /", "Connection: close"), "silent": b""}
+    client = await (await sealed(proxy, trusting)).open()
+    if asked := sent.get(how, GET):
+        client.link.send(client.seal(asked))
+    if how not in {"refused", "silent"}:
+        app = await proxy.upstream.accept()
+        await app.read_request()
+        if how == "stop in exchange":
+            proxy.plane.stop()
+        app.answer(b"hello")
+        await client.read_until(b"hello")
+    if how == "stop":
+        await eventually(lambda: only(proxy).is_idle)
+        proxy.plane.stop()
+    await client.read_rest()
+    assert client.has_close_notify
+    await eventually(lambda: not proxy.plane.downstreams)
+    await eventually(lambda: client.link.is_over)
+
+
+async def test_what_the_layers_hold_counts_as_unsent(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    """Else a client that takes little of it at a time would be cut as one that takes nothing."""
+    client, app = await opened(proxy, trusting)
+    await app.read_request()
+    client.link.stop_reading()
+    taken = client.link.received_bytes
+    size = 30_000_000
+    app.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+    downstream = only(proxy)
+    await eventually(lambda: downstream.exchange is not None and downstream.exchange._response is not None)
+    relay = downstream.exchange and downstream.exchange._response
+    assert relay
+    while not downstream.is_blocked:
+        app.send(bytes(65536))
+        await app.ready()
+    with socket.socket(fileno=socket.dup(client.link.transport.get_extra_info("socket").fileno())) as link:
+        waiting = len(link.recv(10_000_000, socket.MSG_PEEK))
+    assert count_unsent(downstream.transport) >= relay.relayed_bytes - waiting - (client.link.received_bytes - taken)
+
+
+# Tunnels over TLS
+
+
+async def connect(proxy: PlaneUnderTest, context: ssl.SSLContext) -> tuple[RawLink, RawLink]:
+    """Open a tunnel over TLS and return both ends."""
+    client = await proxy.client(tls=context)
+    client.send(HANDSHAKE)
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    assert (await client.read_message()).status == 101
+    return client, app
+
+
+async def test_a_tunnel_relays_both_ways(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client, app = await connect(proxy, trusting)
+    for size in (5, 70_000, 3_000_000):
+        asked, answered = frame(bytes(size), 2, is_masked=True), frame(b"x" * size, 2)
+        client.send(asked)
+        assert await app.read(len(asked)) == asked
+        app.send(answered)
+        assert await client.read(len(answered)) == answered
+    client.send(frame(b"\x03\xe8", 8, is_masked=True))
+    await app.read(8)
+    app.send(frame(b"\x03\xe8", 8))
+    assert close_of(await client.read(4)) == (1000, False)
+    app.close()
+    await client.read_rest()
+    assert client.has_eof, "with close_notify"
+    assert await ended(proxy) == ("client", 1000, "close_frame")
+
+
+async def test_the_first_frames_may_come_with_the_101(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client = await proxy.client(tls=trusting)
+    client.send(HANDSHAKE + frame(b"early", is_masked=True))
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT + frame(b"first"))
+    await client.read_message()
+    assert await client.read(7) == frame(b"first")
+    assert await app.read(11) == frame(b"early", is_masked=True)
+
+
+async def test_a_slow_client_holds_its_upstream_back_and_gets_all(
+    proxy: PlaneUnderTest, trusting: ssl.SSLContext
+) -> None:
+    client, app = await connect(proxy, trusting)
+    client.stop_reading()
+    message = frame(bytes(range(256)) * 512, 2)
+    sent = 0
+    while not app.is_write_paused:
+        app.send(message)
+        sent += 1
+        await asyncio.sleep(0)
+    client.read_again()
+    assert await client.read(sent * len(message)) == message * sent
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "cause"), [(RawLink.close, 1012, "eof"), (RawLink.half_close, 1012, "eof"), (RawLink.reset, 1014, "reset")]
+)
+async def test_a_client_is_told_why_its_application_is_gone(
+    proxy: PlaneUnderTest, trusting: ssl.SSLContext, end: Callable[[RawLink], None], code: int, cause: str
+) -> None:
+    client, app = await connect(proxy, trusting)
+    app.send(frame(b"last"))
+    assert await client.read(6) == frame(b"last")
+    end(app)
+    assert close_of(await client.read_rest()) == (code, False)
+    assert client.has_eof, "with close_notify"
+    assert await ended(proxy) == ("upstream", code, cause)
+
+
+@pytest.mark.parametrize("how", ["close_notify", "half_close", "reset", "both"])
+async def test_an_application_sees_that_its_client_is_gone(
+    proxy: PlaneUnderTest, trusting: ssl.SSLContext, how: str
+) -> None:
+    client = await (await sealed(proxy, trusting)).open()
+    client.link.send(client.seal(HANDSHAKE))
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_until(b"\r\n\r\n")
+    last = client.seal(frame(b"last", is_masked=True))
+    if how == "reset":
+        client.link.send(last)
+        assert await app.read(10) == frame(b"last", is_masked=True)
+        client.link.reset()
+    else:
+        client.link.send(last + (client.close_notify() if how != "half_close" else b""))
+        if how != "close_notify":
+            client.link.half_close()
+        assert await app.read(10) == frame(b"last", is_masked=True)
+    assert await app.read_rest() == b""
+    initiator, code, cause = await ended(proxy)
+    assert (initiator, code) == ("client", 1006)
+    assert cause == ("reset" if how == "reset" else "eof")
+
+
+async def test_a_stopping_proxy_says_1001(proxy: PlaneUnderTest, trusting: ssl.SSLContext) -> None:
+    client, app = await connect(proxy, trusting)
+    the_tunnel(proxy).shut()
+    assert close_of(await client.read(4 + len("the proxy is going away"))) == (1001, False)
+    client.send(frame(b"\x03\xe9", 8, is_masked=True))
+    app.follow()
+    await client.read_rest()
+    assert client.has_eof
+    await eventually(lambda: not proxy.plane.tunnels)
+
+
+async def test_a_tunnel_whose_client_never_answers_close_notify_is_let_go(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "_FLUSH_S", 0.2)
+    proxy = await start(role=Role(tls=server), linger_s=0.2)
+    client = await (await sealed(proxy, trusting)).open()
+    client.link.send(client.seal(HANDSHAKE))
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_until(b"\r\n\r\n")
+    app.close()
+    assert close_of(await client.read_rest()) == (1012, False)
+    assert client.has_close_notify
+    await eventually(lambda: client.link.is_over)
+    assert await ended(proxy) == ("upstream", 1012, "eof")
+
+
+# The PROXY protocol
+
+LOOPBACK_TRUSTED = Settings(trusted=(ip_network("127.0.0.0/8"),))
+V2_START = b"\r\n\r\n\x00\r\nQUIT\n"
+V1 = b"PROXY TCP4 203.0.113.7 198.51.100.1 50000 443\r\n"
+V1_V6 = b"PROXY TCP6 2001:db8::7 2001:db8::1 50000 8443\r\n"
+V2_ADDRESSES = bytes((203, 0, 113, 7, 198, 51, 100, 1)) + struct.pack("!HH", 50000, 443)
+V2 = V2_START + b"\x21\x11" + struct.pack("!H", 12) + V2_ADDRESSES
+V2_TLS = V2_START + b"\x21\x11" + struct.pack("!H", 20) + V2_ADDRESSES + b"\x20\x00\x05\x01\x00\x00\x00\x00"
+V2_LOCAL = V2_START + b"\x20\x00\x00\x00"
+V2_UNIX = V2_START + b"\x21\x31" + struct.pack("!H", 216) + b"/a".ljust(108, b"\0") + b"/b".ljust(108, b"\0")
+V2_UNIX_TLS = (
+    V2_START
+    + b"\x21\x31"
+    + struct.pack("!H", 224)
+    + b"/a".ljust(108, b"\0")
+    + b"/b".ljust(108, b"\0")
+    + b"\x20\x00\x05\x01\x00\x00\x00\x00"
+)
+UNKNOWN = b"PROXY UNKNOWN\r\n"
+HEADERS = [
+    (V1, "203.0.113.7", "443", "http"),
+    (V1_V6, "2001:db8::7", "8443", "http"),
+    (V2, "203.0.113.7", "443", "http"),
+    (V2_TLS, "203.0.113.7", "443", "https"),
+    (V2_LOCAL, "127.0.0.1", "", "http"),
+    (V2_UNIX, "127.0.0.1", "", "http"),
+    (V2_UNIX_TLS, "127.0.0.1", "", "https"),
+    (UNKNOWN, "127.0.0.1", "", "http"),
+]
+NAMES = ["v1", "v1-v6", "v2", "v2-tls", "v2-local", "v2-unix", "v2-unix-tls", "v1-unknown"]
+
+
+async def behind(start: Start, tls: ssl.SSLContext | None = None, **timeouts: float) -> PlaneUnderTest:
+    """Start a plane behind a load balancer at 127.0.0.1."""
+    return await start(settings=LOOPBACK_TRUSTED, role=Role(tls, proxy_protocol=True), **timeouts)
+
+
+async def told(proxy: PlaneUnderTest) -> tuple[RawLink, Message]:
+    """Return the upstream's end and the request that came to it."""
+    app = await proxy.upstream.accept()
+    return app, await app.read_request()
+
+
+@pytest.mark.parametrize("size", [1, 1000], ids=["in pieces", "in one"])
+@pytest.mark.parametrize(("header", "address", "port", "proto"), HEADERS, ids=NAMES)
+async def test_a_header_says_who_the_client_is(
+    start: Start, header: bytes, address: str, port: str, proto: str, size: int
+) -> None:
+    proxy = await behind(start)
+    client = await proxy.client()
+    await feed(client, header + GET, size)
+    app, got = await told(proxy)
+    assert (got["X-Forwarded-For"], got["X-Forwarded-Proto"]) == (address, proto)
+    assert got["X-Forwarded-Port"] == (port or proxy.listeners[0].port)
+    app.answer(b"hello")
+    response = await client.read_response()
+    assert response.body == b"hello"
+    assert ("Secure" in response["Set-Cookie"]) == (proto == "https")
+    assert (await proxy.recorded()).client == address
+    client.send(GET)
+    assert (await app.read_request())["X-Forwarded-For"] == address
+    app.answer()
+    await client.read_response()
+
+
+@pytest.mark.parametrize("size", [1, 100_000], ids=["in pieces", "in one"])
+@pytest.mark.parametrize(("header", "address", "port", "proto"), HEADERS, ids=NAMES)
+async def test_a_header_stands_before_tls(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext, header: bytes, address: str, port: str,
+    proto: str, size: int,
+) -> None:  # fmt: skip
+    proxy = await behind(start, server)
+    client = await sealed(proxy, trusting)
+    await feed(client.link, header + client.hello(), size)
+    client.link.send(await client.shake() + client.seal(GET))
+    app, got = await told(proxy)
+    assert (got["X-Forwarded-For"], got["X-Forwarded-Proto"]) == (address, "https")
+    assert got["X-Forwarded-Port"] == (port or proxy.listeners[0].port)
+    app.answer(b"hello")
+    await client.read_until(b"hello")
+    assert (await proxy.recorded()).client == address
+
+
+async def test_a_header_alone_is_followed_by_a_handshake(
+    start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext
+) -> None:
+    proxy = await behind(start, server)
+    client = await sealed(proxy, trusting)
+    client.link.send(V1)
+    await eventually(lambda: [repr(one) for one in proxy.plane.handshakes] == ["<Handshake TLS>"])
+    await client.open()
+    client.link.send(client.seal(GET))
+    app, got = await told(proxy)
+    assert got["X-Forwarded-For"] == "203.0.113.7"
+    app.answer(b"hello")
+    await client.read_until(b"hello")
+
+
+async def test_what_a_client_says_of_itself_is_dropped(start: Start) -> None:
+    proxy = await behind(start)
+    client = await proxy.client()
+    client.send(V1 + request("GET /", "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https"))
+    app, got = await told(proxy)
+    assert (got["X-Forwarded-For"], got["X-Forwarded-Proto"]) == ("203.0.113.7", "http")
+    app.answer()
+    await client.read_response()
+
+
+async def test_a_proxy_that_is_not_trusted_is_refused(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    proxy = await start(role=Role(proxy_protocol=True))
+    client = await proxy.client()
+    client.send(V1 + GET)
+    assert await client.read_rest() == b""
+    await eventually(lambda: not proxy.plane.handshakes)
+    assert handshakes(proxy) == {"proxy_protocol_refused": 1}
+    (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert line == (
+        "PROXY protocol: connection from 127.0.0.1 to 127.0.0.1:0 refused: 127.0.0.1 is none of the trusted proxies"
+    )
+    assert proxy.upstream.links == []
+    assert proxy.records == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (GET, "no PROXY protocol header"),
+        (b"PROXY TCP4 1.2.3.4 5.6.7.8 1 99999\r\n" + GET, "an invalid port"),
+        (V2_START + b"\x31\x11\x00\x0c" + V2_ADDRESSES + GET, "a version other than 2, or an unknown command"),
+        (V2_START + b"\x21\x11\xff\xff", "a header of more than 4096 bytes"),
+        (b"\x16\x03\x01\x02\x00", "no PROXY protocol header"),
+    ],
+)
+async def test_a_bad_header_is_refused(
+    start: Start, server: ssl.SSLContext, caplog: pytest.LogCaptureFixture, sent: bytes, reason: str
+) -> None:
+    for tls in (None, server):
+        caplog.clear()
+        proxy = await behind(start, tls)
+        client = await proxy.client()
+        client.send(sent)
+        assert await client.read_rest() == b""
+        await eventually(lambda proxy=proxy: not proxy.plane.handshakes)  # type: ignore[misc]
+        assert handshakes(proxy) == {"proxy_protocol_refused": 1}
+        (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+        assert line.endswith(f" refused: {reason}")
+        assert proxy.records == []
+
+
+@pytest.mark.parametrize("sent", [b"", V1[:10], V2[:14]])
+async def test_a_header_that_never_comes_is_cut(start: Start, sent: bytes) -> None:
+    proxy = await behind(start, tls_handshake_s=0.3)
+    client = await proxy.client()
+    if sent:
+        client.send(sent)
+    await eventually(lambda: [repr(one) for one in proxy.plane.handshakes] == ["<Handshake PROXY header>"])
+    await client.read_rest()
+    await eventually(lambda: not proxy.plane.handshakes)
+
+
+async def test_a_connection_that_ends_before_its_header_is_forgotten(start: Start) -> None:
+    proxy = await behind(start)
+    for end in (RawLink.close, RawLink.reset, RawLink.half_close):
+        client = await proxy.client()
+        client.send(V1[:10])
+        await eventually(lambda: proxy.plane.handshakes)
+        end(client)
+        await eventually(lambda: not proxy.plane.handshakes)
+
+
+async def test_a_proxy_that_stops_cuts_who_has_sent_no_header(start: Start) -> None:
+    proxy = await behind(start)
+    client = await proxy.client()
+    await eventually(lambda: proxy.plane.handshakes)
+    proxy.plane.stop()
+    await client.read_rest()
+    late = await proxy.client()
+    await late.read_rest()
+    await proxy.plane.wait_until_empty()
+
+
+async def test_the_addresses_in_headers_are_counted_one_by_one(start: Start) -> None:
+    settings = Settings(trusted=(ip_network("127.0.0.0/8"),), connections_per_address=1)
+    proxy = await start(settings=settings, role=Role(proxy_protocol=True))
+    first, second, third = [await proxy.client() for _ in range(3)]
+    first.send(V1 + GET)
+    app, _ = await told(proxy)
+    second.send(V1 + GET)
+    assert (await second.read_response()).status == 503
+    third.send(V1_V6 + GET)
+    other, _ = await told(proxy)
+    for client, link in ((first, app), (third, other)):
+        link.answer(b"hello")
+        assert (await client.read_response()).body == b"hello"

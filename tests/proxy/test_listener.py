@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import struct
@@ -13,13 +14,13 @@ import pytest
 from stickyproxy.config import Address
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy import listener as listener_module
-from stickyproxy.proxy.listener import Listener, _explain, bind
+from stickyproxy.proxy.listener import Listener, Role, _explain, bind
 from stickyproxy.proxy.settings import Settings
+from stickyproxy.wire.proxy_protocol import ProxyHeader
 from tests.helpers.plane import LOOPBACK
 from tests.helpers.raw import GET, eventually
 
 if TYPE_CHECKING:
-    import asyncio
     from pathlib import Path
 
     from tests.helpers.plane import PlaneUnderTest, Start
@@ -165,7 +166,75 @@ async def test_ipv6_listens(proxy: PlaneUnderTest) -> None:
     assert (await client.read_response()).status == 200
 
 
+async def test_clients_wait_while_a_listener_pauses(proxy: PlaneUnderTest, tmp_path: Path) -> None:
+    for address in (LOOPBACK, Address(path=str(tmp_path / "proxy.sock"))):
+        listener = await proxy.listen(address)
+        before = await proxy.client(listener)
+        await eventually(lambda: proxy.plane.downstreams)
+        accepted = proxy.plane.counters.connections
+        for _ in range(3):
+            listener.pause()
+            listener.pause()
+            clients = [(await proxy.client(listener)).send(GET) for _ in range(5)]
+            before.send(GET)
+            app = await proxy.upstream.accept()
+            await app.read_request()
+            app.answer(b"open", "Connection: close")
+            assert (await before.read_response()).body == b"open"
+            assert proxy.plane.counters.connections == accepted
+            await asyncio.gather(listener.start(), listener.start())
+            for _ in clients:
+                app = await proxy.upstream.accept()
+                await app.read_request()
+                app.answer(b"late", "Connection: close")
+            for client in clients:
+                assert (await client.read_response()).body == b"late"
+            accepted += len(clients)
+            assert proxy.plane.counters.connections == accepted
+        before.close()
+        await eventually(lambda before=before: before.is_lost)  # type: ignore[misc]
+
+
+async def test_a_closed_listener_does_not_start_again(proxy: PlaneUnderTest) -> None:
+    listener = await proxy.listen()
+    listener.pause()
+    listener.close()
+    await listener.start()
+    with pytest.raises(ConnectionRefusedError):
+        await proxy.client(listener)
+
+
+async def test_a_role_of_its_own_from_the_next_connection_on(proxy: PlaneUnderTest) -> None:
+    """As when its certificate is renewed: who is connected already sees nothing of it."""
+    listener = await proxy.listen()
+    before = await proxy.client(listener)
+    before.send(GET)
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    listener.role = Role(proxy_protocol=True)
+    app.answer(b"before")
+    assert (await before.read_response()).body == b"before"
+    after = await proxy.client(listener)
+    await after.read_rest()
+    assert proxy.plane.counters.handshakes == {"proxy_protocol_refused": 1}
+
+
 # Who the client is
+
+
+async def test_a_header_of_a_trusted_proxy_names_the_client(start: Start) -> None:
+    proxy = await start(settings=Settings(trusted=(ip_network("10.0.0.0/8"),)))
+    listener = proxy.listeners[0]
+    peer = transport(("10.0.0.1", 1))
+    named = ProxyHeader(1, "203.0.113.7", 50000, "198.51.100.1", 443, is_tls=True)
+    origin = listener.forwarded_writer(peer, named).origin
+    assert (origin.address, origin.port, origin.is_https, origin.is_trusted) == ("203.0.113.7", "443", True, False)
+    chained = ProxyHeader(1, "10.0.0.2", 50000, "10.0.0.1", 80)
+    assert listener.forwarded_writer(peer, chained).origin.is_trusted
+    for nobody in (None, ProxyHeader(1), ProxyHeader(1, is_tls=True)):
+        origin = listener.forwarded_writer(peer, nobody).origin
+        assert (origin.address, origin.port, origin.is_trusted) == ("10.0.0.1", listener.port, True)
+        assert origin.is_https == (nobody is not None and nobody.is_tls)
 
 
 async def test_what_is_written_about_clients_is_shared_and_bounded(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 from typing import TYPE_CHECKING
 
 import pytest
 
-from stickyproxy.config import Address
+from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.config import Address, UpstreamTls
+from stickyproxy.control.certificates import make_upstream_context
 from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
+from tests.helpers.certificates import Authority
+from tests.helpers.plane import LOOPBACK
 from tests.helpers.raw import GET, RawUpstream, eventually, request
+from tests.helpers.tunnels import close_of, connect, ended, frame
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -229,3 +236,224 @@ async def test_a_client_that_came_back_is_no_longer_one_just_placed(proxy: Plane
     pool.on_return(1.0)
     pool.on_return(1.0)
     assert (pool.placed, pool.placed_before) == (0, 0)
+
+
+# TLS towards upstreams
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+class Apps:
+    """Upstreams over TLS. `names` notes each name that was asked for (SNI), None for none."""
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
+        self.names: list[str | None] = []
+
+    async def start(self, upstream_id: str, *names: str) -> RawUpstream:
+        """Start an upstream that shows a certificate for these names."""
+        leaf = self._authority.issue(*names)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(leaf.certificate, leaf.key)
+        context.sni_callback = lambda _, name, __: self.names.append(name)
+        return await RawUpstream(upstream_id).start(tls=context)
+
+
+def over_tls(proxy: PlaneUnderTest, tls: UpstreamTls, name: str = "") -> None:
+    """Publish that all upstreams are reached over TLS."""
+    proxy.endpoint = Endpoint(LOOPBACK, tls=make_upstream_context(tls), server_name=name)
+    proxy.publish()
+
+
+async def test_an_upstream_over_tls_is_verified_and_its_connections_are_used_again(
+    start: Start, authority: Authority
+) -> None:
+    apps = Apps(authority)
+    proxy = await start([await apps.start("app-1", "app.example")])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client = await proxy.client()
+    for number in range(3):
+        client.send(request("POST /", body=b"x" * 300_000))
+        link = await proxy.upstream.accept() if not number else link
+        assert (await link.read_request()).body == b"x" * 300_000
+        link.answer(bytes([number]) * 300_000)
+        assert (await client.read_response()).body == bytes([number]) * 300_000
+    assert apps.names == ["app.example"]
+    assert len(proxy.upstream.links) == 1
+    (idle,) = proxy.pool().idle
+    idle.close()
+    await link.read_rest()
+    assert link.has_eof, "with close_notify"
+
+
+async def test_an_address_is_verified_where_no_name_is_given(start: Start, authority: Authority) -> None:
+    apps = Apps(authority)
+    proxy = await start([await apps.start("app-1", "127.0.0.1")])
+    over_tls(proxy, UpstreamTls(ca=authority.file))
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"hello")
+    assert (await client.read_response()).body == b"hello"
+    assert apps.names == [None], "an address is no name (RFC 6066, section 3)"
+
+
+async def test_the_name_is_asked_for_at_the_address_that_it_stands_for(start: Start, authority: Authority) -> None:
+    apps = Apps(authority)
+    upstream = await apps.start("app-1", "app.invalid")
+    proxy = await start([upstream])
+    upstream.host = "app.invalid"
+    proxy.endpoint = Endpoint(LOOPBACK, "127.0.0.1", make_upstream_context(UpstreamTls(ca=authority.file)))
+    proxy.publish()
+    client, app = await proxy.open(b"GET / HTTP/1.0\r\n\r\n")
+    assert (await app.read_request())["Host"] == f"app.invalid:{upstream.port}"
+    app.answer(b"hello")
+    assert (await client.read_response()).body == b"hello"
+    assert apps.names == ["app.invalid"]
+
+
+async def test_whoever_answers_is_believed_where_nothing_is_verified(start: Start, authority: Authority) -> None:
+    proxy = await start([await Apps(authority).start("app-1", "other.example")])
+    over_tls(proxy, UpstreamTls(verify=False), "app.example")
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"hello")
+    assert (await client.read_response()).body == b"hello"
+
+
+@pytest.mark.parametrize("wrong", ["name", "authority", "plain"])
+async def test_an_upstream_that_is_not_who_it_should_be_gets_no_request(
+    start: Start, authority: Authority, tmp_path: Path, wrong: str
+) -> None:
+    """A pinned client hears of it and keeps its pin, a new one goes elsewhere."""
+    apps = Apps(authority)
+    good = await apps.start("app-1", "app.example")
+    proxy = await start([good])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    pinned, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"", "Connection: close")
+    cookie = (await pinned.read_response()).cookie
+    app.close()
+    await eventually(lambda: not proxy.pool().idle)
+    await good.stop()
+    stranger = {
+        "name": lambda: apps.start("app-1", "other.example"),
+        "authority": lambda: Apps(Authority(tmp_path)).start("app-1", "app.example"),
+        "plain": lambda: RawUpstream("app-1").start(),
+    }[wrong]
+    bad, other = await stranger(), await apps.start("app-2", "app.example")
+    proxy.upstreams = (bad, other)
+    proxy.all_upstreams += (bad, other)
+    proxy.admin["app-2"], proxy.observed["app-2"] = AdminState.READY, proxy.observed["app-1"]
+    if wrong == "plain":
+        bad.on_accept = lambda link: link.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    proxy.publish()
+    pinned.send(request("GET /", f"Cookie: {cookie}"))
+    response = await pinned.read_response()
+    assert response.status == 502
+    assert "error=tls_protocol_error" in response["Proxy-Status"]
+    assert not response.cookie
+    assert proxy.plane.counters.breaks == {}
+    for _ in range(6):  # some of them are placed at the one that cannot be used
+        client = await proxy.client()
+        client.send(GET)
+        await eventually(lambda: other.links and any(b"\r\n\r\n" in link.held for link in other.links))
+        link = next(link for link in other.links if link.held)
+        await link.read_request()
+        link.answer(b"elsewhere", "Connection: close")
+        assert (await client.read_response()).body == b"elsewhere"
+        link.close()
+    assert proxy.pool(bad).counters.attempts["tls"] > 1
+    assert all(b"GET" not in link.all_received for link in bad.links)
+
+
+async def test_nobody_is_left_where_the_only_upstream_fails_its_handshake(start: Start, authority: Authority) -> None:
+    proxy = await start([await Apps(authority).start("app-1", "other.example")])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client = await proxy.client()
+    client.send(GET)
+    assert (await client.read_response()).status == 503
+    assert proxy.upstream.links == []
+
+
+async def test_a_handshake_that_never_ends_is_a_connect_that_takes_too_long(start: Start, authority: Authority) -> None:
+    proxy = await start(connect_s=0.3)
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client = await proxy.client()
+    client.send(GET)
+    assert (await client.read_response()).status == 503
+    assert proxy.pool().counters.attempts == {"timeout": 1}
+
+
+async def test_a_client_that_goes_while_tls_is_dialled_leaves_an_idle_connection(
+    start: Start, authority: Authority
+) -> None:
+    proxy = await start([await Apps(authority).start("app-1", "app.example")])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client = await proxy.client()
+    client.send(GET)
+    await eventually(lambda: any(one.exchange for one in proxy.plane.downstreams), look_s=0)
+    client.reset()
+    await proxy.recorded()
+    await eventually(lambda: proxy.pool().idle or proxy.upstream.links)
+    assert proxy.upstream.all_bytes == b"" or proxy.records[0].status == 499
+
+
+async def test_a_tunnel_over_tls_on_the_upstreams_side(start: Start, authority: Authority) -> None:
+    proxy = await start([await Apps(authority).start("app-1", "app.example")])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client, app = await connect(proxy)
+    client.send(frame(b"ask", is_masked=True))
+    assert await app.read(9) == frame(b"ask", is_masked=True)
+    app.send(frame(b"answer"))
+    assert await client.read(8) == frame(b"answer")
+    app.close()
+    assert close_of(await client.read_rest()) == (1012, False)
+    assert client.ending == "eof"
+    assert await ended(proxy) == ("upstream", 1012, "eof")
+
+
+@pytest.mark.parametrize("is_tls", [True, False])
+async def test_the_close_frame_reaches_a_client_that_is_sending(
+    start: Start, authority: Authority, *, is_tls: bool
+) -> None:
+    """A connection that is closed with bytes unread is reset, and what was not read yet at the other end is lost."""
+    if is_tls:
+        proxy = await start([await Apps(authority).start("app-1", "app.example")])
+        over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    else:
+        proxy = await start()
+    client, app = await connect(proxy)
+    client.stop_reading()
+    if is_tls:
+        app.close()
+        await eventually(lambda: app.is_lost)
+    else:
+        app.half_close()
+    for _ in range(20):
+        if not client.is_lost:
+            client.send(frame(b"more", is_masked=True))
+        await asyncio.sleep(0.002)
+    if not client.is_lost:
+        client.read_again()
+    assert close_of(await client.read_rest()) == (1012, False)
+    assert client.ending == "eof"
+
+
+async def test_a_connection_whose_endpoint_has_changed_is_not_used_again(start: Start, authority: Authority) -> None:
+    proxy = await start([await Apps(authority).start("app-1", "app.example")])
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
+    client.send(GET)
+    again = await proxy.upstream.accept()
+    await again.read_request()
+    again.answer()
+    assert (await client.read_response()).status == 200
+    await app.read_rest()

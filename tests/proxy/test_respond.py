@@ -7,7 +7,7 @@ import json
 import pytest
 
 from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
-from stickyproxy.proxy.respond import write_error
+from stickyproxy.proxy.respond import write_error, write_redirect
 from stickyproxy.wire.head import HeadLimits
 from stickyproxy.wire.request_head import RequestHead, parse_request_head
 from tests.helpers.raw import Message, parse_message, request
@@ -98,4 +98,45 @@ def test_connection_says_what_follows(version: str, *, keep_alive: bool, connect
 def test_every_status_has_its_phrase(status: int) -> None:
     message = answer(RequestError("no", status=status), None, keep_alive=False)
     assert message.status == status
+    assert message["Connection"] == "close"
+
+
+# Redirects
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "place"),
+    [
+        ("example.org", 443, "example.org"),
+        ("example.org:8080", 443, "example.org"),
+        ("example.org:8080", 8443, "example.org:8443"),
+        ("192.0.2.1:80", 8443, "192.0.2.1:8443"),
+        ("[::1]", 443, "[::1]"),
+        ("[::1]:8080", 443, "[::1]"),
+        ("[2001:db8::1]:8080", 8443, "[2001:db8::1]:8443"),
+        ("[2001:db8::80]", 8443, "[2001:db8::80]:8443"),
+    ],
+)
+def test_a_redirect_keeps_the_host_and_replaces_the_port(host: str, port: int, place: str) -> None:
+    data = b"GET /a/b?c=d&e HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode()
+    asked = parse_request_head(data, len(data), HeadLimits())
+    message = parse_message(write_redirect(asked, port, ID, keep_alive=True))
+    assert message.start == "HTTP/1.1 308 Permanent Redirect"
+    assert message["Location"] == f"https://{place}/a/b?c=d&e"
+    assert (message["Content-Length"], message["X-Request-ID"]) == ("0", ID.decode())
+    assert "Connection" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "target"),
+    [
+        ("GET //evil.example/", "//evil.example/"),
+        ("GET http://example.org:8080/x?y", "/x?y"),
+        ("GET http://example.org", "/"),
+        ("OPTIONS *", "/"),
+    ],
+)
+def test_a_redirect_never_leaves_the_host(line: str, target: str) -> None:
+    message = parse_message(write_redirect(head(line=line), 443, ID, keep_alive=False))
+    assert message["Location"] == f"https://example.org{target}"
     assert message["Connection"] == "close"

@@ -428,6 +428,39 @@ async def test_shut_in_the_middle_of_a_closing_handshake_adds_no_second_close(st
     assert await ended(proxy) == ("client", 1000, "close_frame")
 
 
+async def test_a_client_that_goes_on_sending_gets_the_close_of_an_app_that_has_ended(start: Start) -> None:
+    """A close with unread bytes is a reset, which overtakes what was sent before it."""
+    proxy = await start(linger_s=0.3)
+    client, app = await connect(proxy)
+    client.stop_reading()
+    app.send(write_close(1009, "too big")).half_close()
+    tunnel = the_tunnel(proxy)
+    await eventually(lambda: tunnel.upstream.is_eof)
+    began = proxy.plane.loop.time()
+    client.send(frame(b"x" * 100_000, is_masked=True)[:14])
+    while proxy.plane.loop.time() < began + 1.5:
+        before = tunnel.client.received_bytes
+        client.send(b"x")
+        await eventually(lambda before=before: tunnel.client.received_bytes > before)  # type: ignore[misc]
+    assert not tunnel._is_over
+    client.read_again()
+    assert close_of(await client.read_rest()) == (1009, False)
+    assert await ended(proxy) == ("upstream", 1009, "close_frame")
+
+
+async def test_a_client_that_never_stops_sending_is_cut_in_the_end(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "_MAX_LINGERS", 2)
+    proxy = await start(linger_s=0.1)
+    client, app = await connect(proxy)
+    app.send(write_close(1009, "too big")).half_close()
+    while proxy.plane.tunnels:
+        client.send(b"x" if not client.is_lost else b"")
+        await asyncio.sleep(0.001)
+    assert await ended(proxy) == ("upstream", 1009, "close_frame")
+
+
 # Age
 
 

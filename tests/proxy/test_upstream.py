@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import TYPE_CHECKING
 
 import pytest
 
+from stickyproxy.config import UpstreamTls
+from stickyproxy.control.certificates import make_upstream_context
+from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.settings import Settings
+from stickyproxy.proxy.socket_state import count_unsent
 from stickyproxy.wire.head import MAX_PIECES, HeadLimits
+from tests.helpers.certificates import Authority
+from tests.helpers.plane import LOOPBACK
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.helpers.plane import PlaneUnderTest, Start
@@ -158,3 +166,87 @@ async def test_a_response_head_in_too_many_pieces_is_502(proxy: PlaneUnderTest) 
     app.send(b"x")
     assert (await client.read_response()).status == 502
     assert await app.read_rest() == b""
+
+
+# Over TLS
+
+
+async def encrypted(start: Start, folder: Path) -> PlaneUnderTest:
+    """Start a plane with one upstream that is reached over TLS."""
+    leaf = Authority(folder).issue("app.example")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(leaf.certificate, leaf.key)
+    proxy = await start([await RawUpstream("app-1").start(tls=context)])
+    tls = make_upstream_context(UpstreamTls(ca=leaf.authority.file))
+    proxy.endpoint = Endpoint(LOOPBACK, tls=tls, server_name="app.example")
+    proxy.publish()
+    return proxy
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_body_until_the_end_of_the_connection_ends_with_close_notify_or_is_cut(
+    start: Start, tmp_path: Path, version: str, *, is_whole: bool
+) -> None:
+    proxy = await encrypted(start, tmp_path)
+    client, app = await proxy.open(request(version=version))
+    await app.read_request()
+    app.send(b"HTTP/1.1 200 OK\r\n\r\nhello")
+    await client.read_message()
+    await eventually(lambda: b"hello" in client.held)
+    if is_whole:
+        app.close()  # with close_notify
+    else:
+        app.half_close_at_once()  # an end of file that anybody between could have made
+    if version == "1.0":
+        assert await client.read_rest() == b"hello"
+        assert client.ending == ("eof" if is_whole else "reset")
+    elif is_whole:
+        assert await client.read_chunked() == (b"hello", [])
+    else:
+        assert await client.read_rest() == b"5\r\nhello\r\n"
+    assert (await proxy.recorded()).error == ("" if is_whole else "the upstream broke off its response")
+
+
+async def test_an_upstream_that_closes_behind_its_response_loses_nothing_of_it_for_a_slow_client(
+    start: Start, tmp_path: Path
+) -> None:
+    proxy = await encrypted(start, tmp_path)
+    for framing in ("Content-Length: %d", "Connection: close"):
+        client, app = await proxy.open(request("GET /", "Connection: close"))
+        await app.read_request()
+        client.stop_reading()
+        body = bytes(range(256)) * 80_000
+        app.send(f"HTTP/1.1 200 OK\r\n{framing.replace('%d', str(len(body)))}\r\n\r\n".encode())
+        (downstream,) = proxy.plane.downstreams
+        sent = 0
+        while not downstream.is_blocked:
+            app.send(body[sent : sent + 16384])
+            sent += 16384
+            await app.flush()
+        assert sent < len(body)
+        # What is left fits into the buffers, but not all into what the client is ready to take.
+        rest = body[sent : sent + 10_000]
+        app.send(rest)
+        app.close()  # says close_notify, and many programs do not wait for an answer to it
+        await eventually(lambda app=app: count_unsent(app.transport) == 0)  # type: ignore[misc]
+        if not app.is_lost:
+            app.half_close_at_once()
+        until = proxy.plane.loop.time() + 0.3
+        await eventually(lambda until=until: proxy.plane.loop.time() > until)  # type: ignore[misc]
+        client.read_again()
+        await client.read_message()
+        data = await client.read_rest()
+        if framing == "Connection: close":
+            data = b"".join(unchunked(data))
+        assert data == body[: sent + len(rest)]
+
+
+def unchunked(data: bytes) -> Iterator[bytes]:
+    """Yield the chunks of a body; the last one must be there."""
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        if not int(size, 16):
+            return
+        yield data[: int(size, 16)]
+        data = data[int(size, 16) + 2 :]

@@ -23,6 +23,7 @@ from stickyproxy.wire.body import (
 INVALID_SIZE = "an invalid chunk size"
 TOO_LONG = "chunk extensions are too long"
 TOO_LARGE = "the trailer section is too large"
+BARE = "a bare CR or LF in the trailer section"
 
 
 class Facts(NamedTuple):
@@ -147,9 +148,15 @@ def test_chunks_give_their_payload(data: bytes, payload: bytes, excess: bytes) -
         pytest.param(b"0\r\nX\r\n\r\n", "a header line without a colon in the trailer section", id="a bad trailer"),
         pytest.param(
             b"0\r\n\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
-            "a header line without a colon in the trailer section",
+            BARE,
             id="a bare LF as the end",
         ),
+        pytest.param(b"0\r\n\n", BARE, id="a bare LF as the end, at once"),
+        pytest.param(b"0\r\n\rX", BARE, id="a bare CR as the end, at once"),
+        pytest.param(b"0\r\nA: b\n\n", BARE, id="bare LF after a trailer, at once"),
+        pytest.param(b"0\r\nA: b\rC: d\r\n\r\n", BARE, id="a bare CR in a trailer"),
+        pytest.param(b"0\r\nA: " + b"b" * 8189 + b"\n", BARE, id="a bare LF at the limit"),
+        pytest.param(b"0\r\nA: " + b"b" * 9000 + b"\n", TOO_LARGE, id="a bare LF beyond the limit"),
         pytest.param(b"0\r\nA: b\r\n c\r\n\r\n", "a folded header line (obs-fold) in the trailer section", id="a fold"),
         pytest.param(b"0\r\nA: " + b"b" * 8192 + b"\r\n\r\n", TOO_LARGE, id="trailers over 8 KiB"),
         pytest.param(b"0\r\nA: " + b"b" * 8200, TOO_LARGE, id="trailers that do not end"),

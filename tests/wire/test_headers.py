@@ -160,7 +160,8 @@ def kind_of(pattern: object, line: bytes) -> object:
     return DROPPED if match.lastindex is None else match.lastindex
 
 
-FORWARDED_NAMES = [f"X-Forwarded-{end}" for end in ("For", "Host", "Port", "Prefix", "Proto", "Scheme", "SSL")]
+FORWARDED_ENDS = "By", "For", "Host", "Port", "Prefix", "Proto", "Protocol", "Scheme", "Server", "SSL"
+FORWARDED_NAMES = [f"X-Forwarded-{end}" for end in FORWARDED_ENDS]
 FORWARDED_NAMES += ["X-Real-IP", "X-Request-ID", "X-Scheme"]
 
 
@@ -177,9 +178,10 @@ FORWARDED_NAMES += ["X-Real-IP", "X-Request-ID", "X-Scheme"]
         ("Forwarded", FORWARDED),
         *[(name, FORWARDED) for name in FORWARDED_NAMES],
         *[(name, DROPPED) for name in ("TE", "Keep-Alive", "HTTP2-Settings", "Proxy-Connection", "Proxy")],
+        ("Proxy-Authorization", DROPPED),
         *[
             (name, None)
-            for name in ("Hostess", "Cookie2", "TEA", "X-Host", "X-Forwarded", "Expect", "Proxy-Authorization", "V")
+            for name in ("Hostess", "Cookie2", "TEA", "X-Host", "X-Forwarded", "X-Forwarded-User", "Expect", "V")
         ],
     ],
 )
@@ -210,6 +212,9 @@ def test_no_underscore_makes_a_special_field_of_another(name: str) -> None:
         ("TE", DROPPED),
         ("Keep-Alive", DROPPED),
         ("Proxy-Connection", DROPPED),
+        ("Proxy-Authenticate", DROPPED),
+        ("Proxy-Authentication-Info", DROPPED),
+        ("Proxy-Status", None),
         ("Set-Cookie", None),
         ("Content-Type", None),
     ],

@@ -366,6 +366,27 @@ def test_a_block_is_refused_at_the_first_byte_that_tells(data: bytes, size: int)
     assert first_refusal(data) == size
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n", "no PROXY protocol header"),
+        (b"\x16\x03\x01", "no PROXY protocol header"),
+        (b"PROXY TCP5 ", "a protocol other than TCP4, TCP6 and UNKNOWN"),
+        (b"PROXY TCP4 1.1.1.256 ", "an invalid IPv4 address"),
+        (b"PROXY TCP6 ::g", "an invalid IPv6 address"),
+        (b"PROXY TCP4 1.1.1.1 1.1.1.1 01", "an invalid port"),
+        (b"PROXY TCP4 1.1.1.1\r\n", "a line that has not two addresses and two ports"),
+        (write_v2(V4, family=0x12), "datagrams (UDP)"),
+        (write_v2(V4, family=0x41), "an unknown address family or transport protocol"),
+        (write_v2(V4, tlv(3, bytes(4))), "a checksum that does not fit"),
+    ],
+)
+def test_the_reason_is_told(data: bytes, reason: str) -> None:
+    with pytest.raises(ProxyHeaderError) as error:
+        parse(data)
+    assert str(error.value) == reason
+
+
 def test_each_bit_of_a_header_is_under_its_checksum() -> None:
     data = write_v2(V4, tlv(0x20, TLS), tlv(4, b"123"), checksum=True)
     assert parse(data) is not None

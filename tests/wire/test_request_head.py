@@ -52,6 +52,9 @@ def facts_of(head: RequestHead) -> dict[str, object]:
         (b"M-SEARCH!#$%&'*+.^_`|~ // HTTP/1.1", b"M-SEARCH!#$%&'*+.^_`|~", b"//"),
         (b"OPTIONS * HTTP/1.1", b"OPTIONS", b"*"),
         (b"GET http://a.example HTTP/1.1", b"GET", b"/"),
+        (b"OPTIONS http://a.example:81 HTTP/1.1", b"OPTIONS", b"*"),  # RFC 9112, section 3.2.4
+        (b"OPTIONS http://a.example/ HTTP/1.1", b"OPTIONS", b"/"),
+        (b"OPTIONS http://a.example?x HTTP/1.1", b"OPTIONS", b"/?x"),
         (b"GET HTTPS://a.example:8443/x?y HTTP/1.1", b"GET", b"/x?y"),
         (b"GET http://a.example?y=http://b/ HTTP/1.1", b"GET", b"/?y=http://b/"),
     ],
@@ -120,7 +123,20 @@ def test_the_authority_of_the_target_replaces_host() -> None:
 
 @pytest.mark.parametrize(
     "host",
-    [b"a", b"a.example:8080", b"a_b", b"127.0.0.1", b"[::1]", b"[fe80::1%25eth0]:80", b"", b"a:", b"xn--e1a", b"%61"],
+    [
+        b"a",
+        b"a.example:8080",
+        b"a_b",
+        b"127.0.0.1",
+        b"[::1]",
+        b"[fe80::1%25eth0]:80",
+        b"[::ffff:192.0.2.1]",
+        b"",
+        b"a:",
+        b"xn--e1a",
+        b"%61",
+        b"a%2Eb!$&'()*+;=~",
+    ],
 )
 def test_a_host_is_taken_as_it_is(host: bytes) -> None:
     head = request(b"A: 1", host=b"Host: " + host + b"\r\n")
@@ -131,7 +147,8 @@ def test_a_host_is_taken_as_it_is(host: bytes) -> None:
 @pytest.mark.parametrize(
     "host",
     [b"a b", b"a/b", b"a?b", b"a#b", b"a@b", b"a\\b", b'"a"', b"a:b", b"a:1:2", b"a:123456", b"[::1", b"::1", b"<a>",
-     b"\xe4", b"a\tb", b"[a]b", b"http://a"],
+     b"\xe4", b"a\tb", b"[a]b", b"http://a", b"[a]", b"[evil.example]", b"[127.0.0.1]", b"[]", b"[::1]x", b"[::1%]",
+     b":80", b":", b"a%", b"a%2", b"a%zz"],
 )  # fmt: skip
 def test_a_host_that_is_none_is_refused(host: bytes) -> None:
     assert refusal(GET + b"Host: " + host + b"\r\n\r\n") == (400, "an invalid Host")
@@ -214,6 +231,44 @@ def test_cookie_fields_stand_in_parts_of_their_own() -> None:
 @pytest.mark.parametrize("value", [b"100-Continue", b"other"])
 def test_an_expectation_is_for_the_upstream_to_answer(value: bytes) -> None:
     assert b"Expect: " + value + b"\r\n" in b"".join(request(b"Expect: " + value).section)
+
+
+def test_an_expectation_of_http_10_is_ignored() -> None:
+    """RFC 9110, section 10.1.1: the upstream would take it for one of HTTP/1.1, since that is what it is sent."""
+    head = request(b"expect: 100-continue", b"Cookie: a=1", line=b"POST / HTTP/1.0")
+    assert b"".join(head.section) == HOST + b"Cookie: a=1\r\n"
+    assert [head.section[at] for at in head.cookies or ()] == [b"Cookie: a=1\r\n"]
+
+
+@pytest.mark.parametrize("method", [b"TRACE", b"OPTIONS"])
+def test_max_forwards_counts_the_proxies(method: bytes) -> None:
+    """RFC 9110, section 7.6.2; each proxy takes one, and the last one does not pass the request on."""
+    line = method + b" /x HTTP/1.1"
+    head = request(b"A: 1", b"max-forwards: 010", b"Cookie: a=1", line=line)
+    assert b"".join(head.section) == HOST + b"A: 1\r\nCookie: a=1\r\nMax-Forwards: 9\r\n"
+    assert [head.section[at] for at in head.cookies or ()] == [b"Cookie: a=1\r\n"]
+    start = line + b"\r\n" + HOST + b"Max-Forwards: "
+    assert refusal(start + b"0\r\n\r\n") == (501, "a request that Max-Forwards ends here")
+    for value in (b"-1", b"+1", b"1, 2", b"x", b"9" * 19):
+        assert refusal(start + value + b"\r\n\r\n") == (400, "an invalid Max-Forwards")
+
+
+def test_max_forwards_means_nothing_with_other_methods() -> None:
+    assert b"Max-Forwards: 0\r\n" in b"".join(request(b"Max-Forwards: 0").section)
+
+
+@pytest.mark.parametrize("method", [b"TRACE", b"OPTIONS"])
+def test_max_forwards_is_counted_over_a_repeated_section(method: bytes) -> None:
+    reader = RequestHeadReader(LIMITS)
+    section = HOST + b"Max-Forwards: 3\r\n\r\n"
+    for line, left in [
+        (GET, b"3"),
+        (method + b" / HTTP/1.1\r\n", b"2"),
+        (GET, b"3"),
+        (method + b" /x HTTP/1.1\r\n", b"2"),
+    ]:
+        head = reader.read(line + section, len(line + section))
+        assert b"".join(head.section) == HOST + b"Max-Forwards: " + left + b"\r\n"
 
 
 # Connection
@@ -308,9 +363,12 @@ NOT_CHUNKED = "a Transfer-Encoding that does not end in chunked"
         pytest.param([b"Transfer-Encoding:"], 400, NOT_CHUNKED, id="an empty coding"),
         pytest.param([b"Transfer-Encoding: \xa0chunked"], 400, NOT_CHUNKED, id="a no-break space"),
         pytest.param([b"Transfer-Encoding: gzip, chunked"], 501, "a transfer coding other than chunked", id="gzip"),
-        pytest.param([b"Transfer-Encoding: chunked, chunked"], 501, "a transfer coding other than chunked",
+        pytest.param([b"Transfer-Encoding: chunked, chunked"], 400, "a Transfer-Encoding that is not just one chunked",
                      id="chunked twice"),
-        pytest.param([b"Transfer-Encoding: ,chunked"], 501, "a transfer coding other than chunked", id="an empty item"),
+        pytest.param([b"Transfer-Encoding: chunked, gzip, chunked"], 400,
+                     "a Transfer-Encoding that is not just one chunked", id="chunked in gzip in chunked"),
+        pytest.param([b"Transfer-Encoding: ,chunked"], 400, "a Transfer-Encoding that is not just one chunked",
+                     id="an empty item"),
         pytest.param([b"Transfer-Encoding: chunked", b"Transfer-Encoding: x"], 400, "several Transfer-Encoding fields",
                      id="TE.TE"),
         pytest.param([b"Transfer-Encoding : chunked"], 400, "white space before the colon of a header field",
@@ -452,14 +510,16 @@ def test_any_bytes_are_a_request_head_or_refused(data: bytes) -> None:
 READER_LINES = st.lists(
     st.sampled_from(
         [b"Cookie: a=1; sp=T", b"Cookie: sp=U", b"Connection: keep-alive", b"Connection: close", b"Content-Length: 0",
-         b"Content-Length: 5", b"Expect: 100-continue", b"X-Forwarded-For: 1.2.3.4", b"Via: 1.1 x", b"Bad", b"A:1"]
+         b"Content-Length: 5", b"Expect: 100-continue", b"X-Forwarded-For: 1.2.3.4", b"Via: 1.1 x", b"Bad", b"A:1",
+     b"Max-Forwards: 5", b"Max-Forwards: 0"]
     ),
     max_size=3,
     unique=True,
 )  # fmt: skip
 READER_STARTS = st.sampled_from(
     [b"GET / HTTP/1.1", b"POST /x HTTP/1.1", b"GET / HTTP/1.0", b"CONNECT / HTTP/1.1", b"CONNECT a:1 HTTP/1.1",
-     b"OPTIONS * HTTP/1.1", b"GET http://b.example/ HTTP/1.1", b"GET /" + b"x" * 20000 + b" HTTP/1.1", b"GET /"]
+     b"OPTIONS * HTTP/1.1", b"OPTIONS /y HTTP/1.1",
+     b"GET http://b.example/ HTTP/1.1", b"GET /" + b"x" * 20000 + b" HTTP/1.1", b"GET /"]
 )  # fmt: skip
 
 
