@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.bench.certificate import make_certificate
 from tests.bench.process import Cores, choose_cores, raise_file_limit
 from tests.bench.programs import HOW_TO_GET, find_program, path_of, program_version
 from tests.bench.report import as_json, gather_facts, markdown, terminal
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options, with `scenarios` and `targets` as values; exit with status 2 on a mistake."""
-    names = "\n".join(f"  {scenario.name:7} {scenario.title}" for scenario in SCENARIOS.values())
+    names = "\n".join(f"  {scenario.name:10} {scenario.title}" for scenario in SCENARIOS.values())
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
         description="Compare stickyproxy with other reverse proxies, side by side on this machine.",
@@ -69,7 +70,10 @@ def leave_out_missing(targets: Sequence[Target]) -> list[Target]:
 def missing_programs(scenarios: Sequence[Scenario]) -> list[str]:
     """Return the programs that these scenarios need and that are not installed."""
     is_http = any(not scenario.is_websocket for scenario in scenarios)
-    return [name for name in ("wrk", "nginx") if is_http and find_program(name) is None]
+    needed = ["wrk", "nginx"] if is_http else []
+    if any(scenario.is_tls for scenario in scenarios):
+        needed.append("openssl")
+    return [name for name in needed if find_program(name) is None]
 
 
 def say_missing(name: str, consequence: str) -> None:
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     if missing := missing_programs(options.scenarios):
         for name in missing:
-            say_missing(name, "and the HTTP scenarios need it")
+            say_missing(name, "and the scenarios need it")
         return 2
     targets = leave_out_missing(options.targets)
     versions = {target.name: target.version() for target in targets}
@@ -95,12 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         versions["wrk"] = program_version([path_of("wrk"), "-v"])
     raise_file_limit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
-    plan = Plan(options.rounds, options.seconds, choose_cores(os.sched_getaffinity(0)))
-    facts = gather_facts(held=held(plan.cores), rounds=plan.rounds, seconds=plan.seconds, versions=versions)
+    cores = choose_cores(os.sched_getaffinity(0))
+    facts = gather_facts(held=held(cores), rounds=options.rounds, seconds=options.seconds, versions=versions)
     rows = []
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, Children(Path(folder)) as children:
             Path(folder).chmod(0o755)  # nginx, started by root, reads it as another user
+            is_tls = any(scenario.is_tls for scenario in options.scenarios)
+            certificate = make_certificate(Path(folder)) if is_tls else None
+            plan = Plan(options.rounds, options.seconds, cores, certificate)
             for scenario in options.scenarios:
                 rows += run_scenario(scenario, targets, plan, children)
     except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 Heads are parsed by httptools both ways, the affinity cookie is looked up, hop-by-hop headers are dropped, connections
 to the application are reused; what a body holds beyond the first read is counted, not parsed. The distance to the
-product is the price of the features. Run as a program: `python -m tests.bench.floor_http PORT UPSTREAM_PORT`.
+product is the price of the features. Run as a program:
+`python -m tests.bench.floor_http PORT UPSTREAM_PORT [CERTIFICATE KEY]`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from stickyproxy.tasks import spawn
 from tests.bench.apps import BACKLOG
+from tests.bench.certificate import server_context
 
 _HOP_BY_HOP: Final = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"proxy-connection", b"te", b"trailer")
@@ -193,13 +195,14 @@ class Downstream(asyncio.Protocol):
             self.upstream.transport.abort()
 
 
-async def serve(port: int, upstream_port: int) -> None:
-    """Relay until the process is ended."""
+async def serve(port: int, upstream_port: int, *files: str) -> None:
+    """Relay until the process is ended; `files`, certificate and key, make it a listener over TLS."""
+    context = server_context(*files) if files else None
     pool = Pool(upstream_port)
     loop = asyncio.get_running_loop()
-    await loop.create_server(lambda: Downstream(pool), "127.0.0.1", port, backlog=BACKLOG)
+    await loop.create_server(lambda: Downstream(pool), "127.0.0.1", port, backlog=BACKLOG, ssl=context)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
+    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

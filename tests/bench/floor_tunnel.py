@@ -1,7 +1,8 @@
 """The floor for WebSocket: bytes relayed as they came, beside which the header of each frame is read. No checks.
 
 The first bytes of a client open the connection to the application, whose first bytes are taken for its `101`; from then
-on both are sides of a tunnel. Run as a program: `python -m tests.bench.floor_tunnel PORT UPSTREAM_PORT`.
+on both are sides of a tunnel. Run as a program:
+`python -m tests.bench.floor_tunnel PORT UPSTREAM_PORT [CERTIFICATE KEY]`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing_extensions import override
 
 from stickyproxy.tasks import spawn
 from tests.bench.apps import BACKLOG
+from tests.bench.certificate import server_context
 
 
 class Side(asyncio.Protocol):
@@ -112,13 +114,14 @@ class Handshake(asyncio.Protocol):
         self._client.close()
 
 
-async def serve(port: int, upstream_port: int) -> None:
-    """Relay until the process is ended."""
+async def serve(port: int, upstream_port: int, *files: str) -> None:
+    """Relay until the process is ended; `files`, certificate and key, make it a listener over TLS."""
+    context = server_context(*files) if files else None
     await asyncio.get_running_loop().create_server(
-        lambda: Downstream(upstream_port), "127.0.0.1", port, backlog=BACKLOG
+        lambda: Downstream(upstream_port), "127.0.0.1", port, backlog=BACKLOG, ssl=context
     )
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
+    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

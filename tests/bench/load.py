@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from tests.bench.certificate import client_context
 from tests.bench.process import cpu_s
 from tests.bench.programs import ROOT, path_of
 from tests.bench.results import RunError, Sample
@@ -56,9 +57,15 @@ class WrkOutput:
     refused: int  # responses with a status of 400 or more
 
 
-def visit(port: int, path: str) -> Answer:
+def visit(port: int, path: str, *, is_tls: bool = False) -> Answer:
     """GET `path` as a browser would; raise OSError or HTTPException if that cannot be."""
-    link = http.client.HTTPConnection("127.0.0.1", port, timeout=_VISIT_TIMEOUT_S)
+    if is_tls:
+        context = client_context()
+        link: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "127.0.0.1", port, timeout=_VISIT_TIMEOUT_S, context=context
+        )
+    else:
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=_VISIT_TIMEOUT_S)
     try:
         link.request("GET", path, headers=BROWSER)
         response = link.getresponse()
@@ -103,7 +110,8 @@ def wrk_command(scenario: Scenario, port: int, cookie: str, seconds: int) -> lis
         headers["Connection"] = "close"
     fields = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
     shape = ["-t1", f"-c{scenario.connections}", f"-d{seconds}", "--latency"]
-    return [path_of("wrk"), *shape, *fields, f"http://127.0.0.1:{port}{scenario.path}"]
+    scheme = "https" if scenario.is_tls else "http"
+    return [path_of("wrk"), *shape, *fields, f"{scheme}://127.0.0.1:{port}{scenario.path}"]
 
 
 def run_load(scenario: Scenario, port: int, cookie: str, pid: int, seconds: float) -> Sample:
@@ -136,6 +144,8 @@ def _run_websockets(scenario: Scenario, port: int, cookie: str, pid: int, second
     command += ["--seconds", str(seconds), "--watch", str(pid), f"--cookie={cookie}"]
     if scenario.load is Load.HOLD:
         command.append("--hold")
+    if scenario.is_tls:
+        command.append("--tls")
     return Sample(**json.loads(_output_of(command, seconds)))
 
 

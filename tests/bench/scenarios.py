@@ -1,6 +1,6 @@
 """What is measured: each scenario is a kind of load, a number of connections and the figure to compare by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 
@@ -22,6 +22,7 @@ class Scenario:
     connections: int
     size_bytes: int
     is_close: bool = False
+    is_tls: bool = False  # towards the proxy; behind it, all is plain
 
     @property
     def is_websocket(self) -> bool:
@@ -46,7 +47,7 @@ class Scenario:
 
 # 64 connections keep the proxy busy without a pause; 3000 idle ones make what one costs stand out of the process's own
 # memory; the others are what a browser or a file download looks like.
-SCENARIOS = {
+_PLAIN = {
     scenario.name: scenario
     for scenario in (
         Scenario("http", "GET of 1 KiB on 64 connections", Load.HTTP, 64, 1024),
@@ -58,4 +59,15 @@ SCENARIOS = {
         Scenario("ws64k", "echoes of 64 KiB on 16 WebSockets", Load.ECHO, 16, 65536),
         Scenario("idle", "memory of 3000 idle WebSockets", Load.HOLD, 3000, 64),
     )
+}
+# With `close-tls` nearly every handshake resumes a session: wrk keeps the tickets that a target gives it.
+_OVER_TLS = ("http", "single", "close", "ws", "idle")
+SCENARIOS = {
+    **_PLAIN,
+    **{
+        f"{name}-tls": replace(
+            _PLAIN[name], name=f"{name}-tls", title=f"{_PLAIN[name].title}, over TLS 1.3", is_tls=True
+        )
+        for name in _OVER_TLS
+    },
 }

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.bench.certificate import Certificate
+
 
 @dataclass(frozen=True)
 class Site:
@@ -28,6 +30,7 @@ class Site:
     admin_port: int
     upstream_ports: tuple[int, int]
     is_websocket: bool
+    certificate: Certificate | None = None  # None: plain
 
     def write(self, name: str, text: str) -> str:
         """Write a file and return its path."""
@@ -64,6 +67,7 @@ def environment(directory: Path) -> dict[str, str]:
 
 def haproxy_config(site: Site) -> str:
     first, second = site.upstream_ports
+    tls = f" ssl crt {site.certificate.both} ssl-min-ver TLSv1.3" if site.certificate else ""
     return f"""\
 global
   nbthread 1
@@ -76,7 +80,7 @@ defaults
   timeout tunnel 1h
   option forwardfor
 frontend clients
-  bind 127.0.0.1:{site.port}
+  bind 127.0.0.1:{site.port}{tls}
   default_backend application
 backend application
   balance leastconn
@@ -89,6 +93,12 @@ backend application
 
 def nginx_config(site: Site) -> str:
     first, second = site.upstream_ports
+    tls = ""
+    if site.certificate:
+        tls = f"""
+    ssl_certificate {site.certificate.chain};
+    ssl_certificate_key {site.certificate.key};
+    ssl_protocols TLSv1.3;"""
     rest = f"""\
   map $http_upgrade $connection_upgrade {{ default upgrade; '' ''; }}
   upstream application {{
@@ -99,7 +109,7 @@ def nginx_config(site: Site) -> str:
     keepalive_requests 100000000;
   }}
   server {{
-    listen 127.0.0.1:{site.port} backlog={BACKLOG};
+    listen 127.0.0.1:{site.port} backlog={BACKLOG}{" ssl" if tls else ""};{tls}
     location / {{
       proxy_pass http://application;
       proxy_http_version 1.1;
@@ -115,14 +125,24 @@ def nginx_config(site: Site) -> str:
 
 def caddy_config(site: Site) -> str:
     first, second = site.upstream_ports
+    tls = servers = ""
+    if site.certificate:
+        servers = """
+  servers {
+    protocols h1
+  }"""
+        tls = f"""
+  tls {site.certificate.chain} {site.certificate.key} {{
+    protocols tls1.3 tls1.3
+  }}"""
     return f"""\
 {{
   admin off
   auto_https off
-  persist_config off
+  persist_config off{servers}
 }}
-:{site.port} {{
-  bind 127.0.0.1
+{"https://" if tls else ""}:{site.port} {{
+  bind 127.0.0.1{tls}
   reverse_proxy 127.0.0.1:{first} 127.0.0.1:{second} {{
     lb_policy cookie SP secret
     transport http {{
@@ -135,10 +155,14 @@ def caddy_config(site: Site) -> str:
 
 def stickyproxy_config(site: Site) -> str:
     first, second = site.upstream_ports
+    tls = ""
+    if site.certificate:
+        files = f"certificate: {site.certificate.chain}, key: {site.certificate.key}"
+        tls = f"\n    tls: {{certificates: [{{{files}}}]}}"
     return f"""\
 workers: 1
 listeners:
-  - address: 127.0.0.1:{site.port}
+  - address: 127.0.0.1:{site.port}{tls}
 upstreams:
   - url: http://127.0.0.1:{first}
   - url: http://127.0.0.1:{second}
@@ -165,7 +189,8 @@ def _caddy(site: Site) -> list[str]:
 
 def _floor(site: Site) -> list[str]:
     module = "tests.bench.floor_tunnel" if site.is_websocket else "tests.bench.floor_http"
-    return [sys.executable, "-m", module, str(site.port), str(site.upstream_ports[0])]
+    files = [str(site.certificate.chain), str(site.certificate.key)] if site.certificate else []
+    return [sys.executable, "-m", module, str(site.port), str(site.upstream_ports[0]), *files]
 
 
 def _stickyproxy(site: Site) -> list[str]:

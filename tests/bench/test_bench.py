@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from tests.bench import __main__ as command_line
 from tests.bench import load
 from tests.bench.__main__ import parse_options
 from tests.bench.apps import file_server_config
+from tests.bench.certificate import Certificate, make_certificate
 from tests.bench.floor_tunnel import Side
 from tests.bench.frames import write_frame
 from tests.bench.load import parse_wrk, run_load, visit, wrk_command
@@ -240,6 +243,16 @@ def test_the_cpu_is_named_even_where_the_kernel_does_not() -> None:
 
 
 @pytest.mark.parametrize("write", [haproxy_config, nginx_config, caddy_config, stickyproxy_config])
+def test_every_target_over_tls_shows_the_one_certificate(write: Callable[[Site], str], site: Site) -> None:
+    directory = site.directory
+    certificate = Certificate(directory / "chain.pem", directory / "key.pem", directory / "both.pem")
+    assert ".pem" not in write(site)
+    text = write(replace(site, certificate=certificate))
+    files = [file for file in (certificate.chain, certificate.key, certificate.both) if str(file) in text]
+    assert files in ([certificate.chain, certificate.key], [certificate.both])
+
+
+@pytest.mark.parametrize("write", [haproxy_config, nginx_config, caddy_config, stickyproxy_config])
 def test_every_target_listens_where_it_is_told_and_has_both_upstreams(write: Callable[[Site], str], site: Site) -> None:
     text = write(site)
     assert ":21000" in text
@@ -286,13 +299,41 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(
 ) -> None:
     monkeypatch.setattr(command_line, "find_program", lambda _: None)
     assert command_line.main(["http", "--targets", "floor"]) == 2
-    assert "wrk is not installed, and the HTTP scenarios need it: apt-get install wrk" in capsys.readouterr().err
+    assert "wrk is not installed, and the scenarios need it: apt-get install wrk" in capsys.readouterr().err
 
 
 def test_a_missing_target_is_named_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     missing = Target("caddy", "no-such-program", lambda _: [], ())
     assert command_line.leave_out_missing([missing, TARGETS["floor"]]) == [TARGETS["floor"]]
     assert "caddy is not installed, left out: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_program("openssl") is None, reason="openssl is not installed")
+def test_a_run_over_tls_is_clean(tmp_path: Path) -> None:
+    plan = Plan(rounds=1, seconds=0.2, cores=Cores(None, None), certificate=make_certificate(tmp_path))
+    with Children(tmp_path) as children:
+        (row,) = run_scenario(SCENARIOS["ws-tls"], [TARGETS["floor"]], plan, children)
+    assert row.is_clean, row.failures
+
+
+def test_a_target_without_tls_is_not_measured_over_tls(server_port: int) -> None:
+    assert visit(server_port, "/1024").status == 200
+    with pytest.raises(ssl.SSLError):
+        visit(server_port, "/1024", is_tls=True)
+    with pytest.raises(RunError, match="SSL"):
+        run_load(SCENARIOS["ws-tls"], server_port, "", os.getpid(), 0.1)
+
+
+def test_the_scenarios_over_tls_are_those_without_it() -> None:
+    for name in ("http", "single", "close", "ws", "idle"):
+        assert (
+            replace(SCENARIOS[f"{name}-tls"], name=name, title=SCENARIOS[name].title, is_tls=False) == SCENARIOS[name]
+        )
+
+
+@pytest.mark.skipif(find_program("wrk") is None, reason="wrk is not installed")
+def test_wrk_speaks_tls_where_the_scenario_does() -> None:
+    assert wrk_command(SCENARIOS["close-tls"], 8080, "", 4)[-1] == "https://127.0.0.1:8080/1024"
 
 
 def test_all_scenarios_and_targets_can_be_named() -> None:

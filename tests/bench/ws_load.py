@@ -1,6 +1,6 @@
 """The WebSocket load, as a program of its own; it also reads what the proxy spent, so that both have the same bounds.
 
-`python -m tests.bench.ws_load PORT --size N --connections N --seconds S --watch PID [--cookie C] [--hold]`
+`python -m tests.bench.ws_load PORT --size N --connections N --seconds S --watch PID [--cookie C] [--tls] [--hold]`
 prints one JSON object, a `Sample`. Each connection sends a message, waits for its echo, and sends the next; with
 `--hold` the connections are opened and stay idle.
 """
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Final, cast
 import uvloop
 from typing_extensions import override
 
+from tests.bench.certificate import client_context
 from tests.bench.frames import write_frame
 from tests.bench.process import cpu_s, pss_kib
 from tests.bench.results import RunError, Sample
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Sequence
 
 _OPEN_TIMEOUT_S: Final = 60.0
@@ -105,14 +107,16 @@ class Client(asyncio.Protocol):
             self.opened.set_exception(RunError(f"closed before it was open: {exc}"))
 
 
-async def open_all(port: int, connections: int, counts: Counts) -> list[Client]:
+async def open_all(port: int, connections: int, counts: Counts, context: ssl.SSLContext | None = None) -> list[Client]:
     """Return so many open WebSockets; raise RunError or OSError if one is refused, TimeoutError after 60 s."""
     loop = asyncio.get_running_loop()
     clients: list[Client] = []
     async with asyncio.timeout(_OPEN_TIMEOUT_S):
         while len(clients) < connections:
             number = min(_DIALS_AT_ONCE, connections - len(clients))
-            dials = (loop.create_connection(lambda: Client(counts), "127.0.0.1", port) for _ in range(number))
+            dials = (
+                loop.create_connection(lambda: Client(counts), "127.0.0.1", port, ssl=context) for _ in range(number)
+            )
             some = [client for _, client in await asyncio.gather(*dials)]
             await asyncio.gather(*(client.opened for client in some))
             clients += some
@@ -144,7 +148,8 @@ async def echo(clients: Sequence[Client], counts: Counts, watched: int, seconds:
 async def run(options: argparse.Namespace) -> Sample:
     counts = Counts(options.size, options.cookie)
     before_kib = pss_kib(options.watch)
-    clients = await open_all(options.port, options.connections, counts)
+    context = client_context() if options.tls else None
+    clients = await open_all(options.port, options.connections, counts, context)
     if not options.hold:
         return await echo(clients, counts, options.watch, options.seconds)
     await asyncio.sleep(options.seconds)
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--watch", type=int, required=True)
     parser.add_argument("--cookie", default="")
     parser.add_argument("--hold", action="store_true")
+    parser.add_argument("--tls", action="store_true")
     try:
         sample = uvloop.run(run(parser.parse_args()))
     except (RunError, OSError) as error:
