@@ -25,7 +25,7 @@ from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
 from stickyproxy.proxy.socket_state import count_unsent
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
-from stickyproxy.wire.request_head import RequestHeadReader
+from stickyproxy.wire.request_head import RequestHeadReader, find_head_error
 
 if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
@@ -167,7 +167,7 @@ class Downstream(asyncio.Protocol):
         request_id = plane.new_request_id()
         is_whole = not head.length
         keep_alive = head.keep_alive and is_whole and not head.is_http_10 and not plane.is_stopping
-        self.transport.write(write_redirect(head, port, request_id, keep_alive=keep_alive))
+        self.transport.write(write_redirect(head, port, request_id, plane.date_line, keep_alive=keep_alive))
         plane.counters.none.count_exchange(head.method, REDIRECT)
         if plane.log is not None:
             address = self.forwarded.origin.address
@@ -181,19 +181,12 @@ class Downstream(asyncio.Protocol):
         plane, held = self.plane, self._held
         if held is None:
             return
-        limits = plane.settings.head
         if checked == 0:
             self._pieces = 0
             self.deadline = plane.now + plane.settings.timeouts.head_s
-        line_feed = held.find(b"\n", checked)
-        if len(held) > limits.head_bytes:
-            self.refuse(RequestError("the request head is too large", status=431))
-        elif (line_feed == 0 or (line_feed > 0 and held[line_feed - 1 : line_feed] != b"\r")) or b"\x00" in held[
-            checked:
-        ]:
-            self.refuse(RequestError("a bare line feed or NUL in the request head"))
-        elif len(held) > limits.target_bytes + 64 and b"\n" not in held[: limits.target_bytes + 64]:
-            self.refuse(RequestError("the request line is too long", status=414))
+        error = find_head_error(held, checked, plane.settings.head)
+        if error is not None:
+            self.refuse(error)
         elif self._pieces > MAX_PIECES:
             self.refuse(RequestError("the request head came in too many pieces"))
 
@@ -202,7 +195,7 @@ class Downstream(asyncio.Protocol):
         plane = self.plane
         request_id = plane.new_request_id()
         self._held = None
-        self.transport.write(write_error(error, None, request_id, keep_alive=False))
+        self.transport.write(write_error(error, None, request_id, plane.date_line, keep_alive=False))
         plane.counters.none.count_exchange(b"", error.status)
         if plane.log is not None:
             address = self.forwarded.origin.address

@@ -181,6 +181,9 @@ class Exchange:
         rest, self._rest = self._rest, b""
         if rest:
             self.on_request_body(rest)
+        if self.is_reading_request and self.downstream.has_eof:  # no more of it will come
+            self.on_client_lost()
+            self.downstream.abort()
 
     def on_request_body(self, data: bytes) -> None:
         """Send on what came of the body."""
@@ -254,7 +257,16 @@ class Exchange:
             framing += b"Connection: close\r\n"
         elif self.head.is_http_10:
             framing += b"Connection: keep-alive\r\n"
-        return write_response_head(head, self._place.write_cookie(head.cache_control), framing)
+        if not head.has_date:
+            framing += self.plane.date_line  # RFC 9110, section 6.6.1
+        return write_response_head(head, self._write_cookie(head), framing)
+
+    def _write_cookie(self, head: ResponseHead) -> bytes:
+        """Return the Set-Cookie line that is due, if any; what the application sets in its place is taken out."""
+        writer = self.plane.cookie_writer
+        if head.has_cookies and writer is not None:
+            head.section = writer.drop_foreign(head.section)
+        return self._place.write_cookie(head.cache_control)
 
     def _on_interim(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         """Relay an interim response (RFC 9110, section 15.2), or open the tunnel after the 101 that was asked for."""
@@ -280,7 +292,8 @@ class Exchange:
             return
         self._status = head.status
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
-        downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
+        head.cache_control = None  # nobody keeps a 101
+        downstream.transport.write(write_response_head(head, self._write_cookie(head), upgrade))
         pool.counters.response.observe(perf_counter() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
         tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record, downstream.forwarded.origin)
@@ -488,7 +501,10 @@ class Exchange:
         self._status = error.status
         is_whole = not self.is_reading_request
         keep_alive = self._keep_alive and is_whole and not self.plane.is_stopping
-        self.downstream.transport.write(write_error(error, self.head, self.request_id, keep_alive=keep_alive))
+        date_line = self.plane.date_line
+        self.downstream.transport.write(
+            write_error(error, self.head, self.request_id, date_line, keep_alive=keep_alive)
+        )
         self._record(error.proxy_status)
         if error.side != "downstream":
             logger.warning("%d for request %s: %s", error.status, self.request_id.decode(), error.reason)

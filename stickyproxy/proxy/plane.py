@@ -19,6 +19,7 @@ from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
 from stickyproxy.proxy.settings import OFF
 from stickyproxy.proxy.socket_state import is_reset
 from stickyproxy.wire.cookies import CookieReader, CookieWriter
+from stickyproxy.wire.response_head import write_date
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,6 +78,7 @@ class Plane:
         self.loop = asyncio.get_running_loop()
         self.now = time.monotonic()
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
+        self.date_line = write_date(self.wall)
         self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
         self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
         self._changed: set[asyncio.Future[None]] = set()
@@ -188,6 +190,7 @@ class Plane:
         self._ticker = self.loop.call_later(TICK_S, self._tick)
         self.now = now = time.monotonic()
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
+        self.date_line = write_date(self.wall)
         for downstream in [one for one in self.downstreams if one.deadline <= now]:
             downstream.on_deadline()
         for handshake in [one for one in self.handshakes if one.deadline <= now]:

@@ -27,10 +27,13 @@ code{{font-size:.85em}}</style></head>
 _RETRY_HINT = "<p>The application cannot be reached right now. Please try again in a moment.</p>"
 
 
-def write_error(error: ExchangeError, head: RequestHead | None, request_id: bytes, *, keep_alive: bool) -> bytes:
+def write_error(
+    error: ExchangeError, head: RequestHead | None, request_id: bytes, date_line: bytes, *, keep_alive: bool
+) -> bytes:
     """Return the whole response for an error; `head` is None where the request could not be read.
 
-    It carries the request's id, which the log has too, and Proxy-Status (RFC 9209).
+    It carries the request's id, which the log has too, and Proxy-Status (RFC 9209). `date_line` is the Date field with
+    its CRLF.
     """
     phrase = HTTPStatus(error.status).phrase
     content_type, body = _body(error, phrase, head, request_id.decode("ascii"))
@@ -50,20 +53,24 @@ def write_error(error: ExchangeError, head: RequestHead | None, request_id: byte
         lines.append("Connection: close")
     elif head is not None and head.is_http_10:
         lines.append("Connection: keep-alive")
-    text = "\r\n".join(lines).encode("ascii", "replace") + b"\r\n\r\n"
+    text = "\r\n".join(lines).encode("ascii", "replace") + b"\r\n" + date_line + b"\r\n"
     return text if head is not None and head.method == b"HEAD" else text + body
 
 
-def write_redirect(head: RequestHead, port: int, request_id: bytes, *, keep_alive: bool) -> bytes:
+def write_redirect(head: RequestHead, port: int, request_id: bytes, date_line: bytes, *, keep_alive: bool) -> bytes:
     """Return the response that sends a client to the same target over TLS, at the `port` of the host it named."""
     name = head.host if head.host.endswith(b"]") else re.sub(rb":[0-9]*\Z", b"", head.host)
     place = name if port == _HTTPS_PORT else b"%b:%d" % (name, port)
     target = head.target if head.target.startswith(b"/") else b"/"
-    connection = b"" if keep_alive else b"Connection: close\r\n"
-    return (
-        b"HTTP/1.1 308 Permanent Redirect\r\nLocation: https://%b%b\r\nContent-Length: 0\r\nX-Request-ID: %b\r\n%b\r\n"
-        % (place, target, request_id, connection)
-    )
+    lines = [
+        b"HTTP/1.1 308 Permanent Redirect",
+        b"Location: https://%b%b" % (place, target),
+        b"Content-Length: 0",
+        b"X-Request-ID: " + request_id,
+    ]
+    if not keep_alive:
+        lines.append(b"Connection: close")
+    return b"\r\n".join(lines) + b"\r\n" + date_line + b"\r\n"
 
 
 def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_id: str) -> tuple[str, bytes]:

@@ -55,12 +55,18 @@ class Side(asyncio.Protocol):
     __slots__ = ("filter", "is_eof", "other", "received_bytes", "scanner", "transport", "tunnel")
 
     def __init__(
-        self, tunnel: Tunnel, transport: asyncio.Transport, other: asyncio.Transport, counts: list[int]
+        self,
+        tunnel: Tunnel,
+        transport: asyncio.Transport,
+        other: asyncio.Transport,
+        counts: list[int],
+        *,
+        is_client: bool,
     ) -> None:
         self.tunnel = tunnel
         self.transport = transport
         self.other = other
-        self.scanner = FrameScanner(counts)
+        self.scanner = FrameScanner(counts, is_masked=is_client)
         self.received_bytes = 0
         self.is_eof = False
         self.filter: PongFilter | None = None  # while a Ping of the proxy's own is unanswered
@@ -186,8 +192,8 @@ class Tunnel:
     def open(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
         """Take over both connections; the 101 has been passed on."""
         counters = self._pool.counters
-        self.client = Side(self, client, upstream, counters.frames_received)
-        self.upstream = Side(self, upstream, client, counters.frames_sent)
+        self.client = Side(self, client, upstream, counters.frames_received, is_client=True)
+        self.upstream = Side(self, upstream, client, counters.frames_sent, is_client=False)
         self.client.scanner.peer = self.upstream.scanner
         self.upstream.scanner.peer = self.client.scanner
         client.set_protocol(self.client)

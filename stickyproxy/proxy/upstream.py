@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.exchange import Exchange
     from stickyproxy.proxy.pool import Pool
 
-_BARE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
+_BARE_LINE_END: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -83,8 +83,8 @@ class UpstreamConnection(asyncio.Protocol):
                 )
             elif not self._held.startswith(b"HTTP/1."[: len(self._held)]):
                 exchange.fail(ResponseError("the upstream sent an invalid status line"))
-            elif _BARE_LINE_FEED.search(self._held, start):  # no head can come of it; do not wait for the timeout
-                exchange.fail(ResponseError("the upstream sent a bare line feed in the response head"))
+            elif _BARE_LINE_END.search(self._held, start):  # no head can come of it; do not wait for the timeout
+                exchange.fail(ResponseError("the upstream sent a bare CR or LF in the response head"))
             elif self._pieces > MAX_PIECES:
                 exchange.fail(ResponseError("the upstream sent the response head in too many pieces"))
             return

@@ -64,7 +64,7 @@ class CookieAttributes:
 class CookieWriter:
     """Writes the Set-Cookie line; everything but the token is put together beforehand."""
 
-    __slots__ = ("_plain_end", "_secure_end", "_start")
+    __slots__ = ("_own", "_plain_end", "_secure_end", "_start")
 
     def __init__(self, attributes: CookieAttributes) -> None:
         end = f"; Path={attributes.path}"
@@ -85,13 +85,27 @@ class CookieWriter:
             plain = secure
         elif attributes.secure is False:
             secure = plain
-        self._start = f"Set-Cookie: {attributes.name}=".encode("ascii")
+        name = attributes.name.encode("ascii")
+        self._start = b"Set-Cookie: " + name + b"="
+        self._own = re.compile(rb"(?i:set-cookie): " + re.escape(name) + rb"[ \t]*(?:[=;\r]|\Z)")
         self._plain_end = plain.encode("ascii")
         self._secure_end = secure.encode("ascii")
 
     def write(self, token: bytes, *, is_https: bool) -> bytes:
         """Return the Set-Cookie line, without CRLF, for a response to a request over https or http."""
         return self._start + token + (self._secure_end if is_https else self._plain_end)
+
+    def drop_foreign(self, section: Section) -> Section:
+        """Return a section of a response without the cookies of this name that the application sets.
+
+        They would replace the affinity cookie, and end the pin.
+        """
+        return [
+            part
+            if self._own.search(part) is None
+            else b"".join(line + b"\r\n" for line in part.split(b"\r\n")[:-1] if self._own.match(line) is None)
+            for part in section
+        ]
 
 
 def is_shared_cacheable(cache_control: bytes | None) -> bool:

@@ -20,6 +20,7 @@ MAX_PIECES: Final = 512
 """Reads that the head of one message may take. A head of 128 KiB in packets of 1,400 bytes takes 94; byte by byte it
 would cost a thousand times what a whole one does."""
 
+_MAX_OPTIONS: Final = 4096  # of Connection; each costs half a microsecond, and a field may hold 30,000
 # The options that are no names of fields, and the fields without which a message would mean something else.
 NEVER_DROPPED: Final = frozenset(
     {b"close", b"keep-alive", b"upgrade", b"host", b"cookie", b"content-length", b"transfer-encoding"}
@@ -48,7 +49,9 @@ class Framing:
         self.upgrade: bytes | None = None
 
     def take_connection(self, value: bytes) -> None:
-        """Add the options of a Connection field."""
+        """Add the options of a Connection field; raise FieldError where they are far more than anybody needs."""
+        if value.count(b",") > _MAX_OPTIONS:
+            raise FieldError("too many Connection options")
         self.connection = (self.connection or []) + parse_list(value)
 
     def take_length(self, value: bytes) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PING: Final = 0x89  # FIN and the opcode: a control frame is never fragmented (RFC 6455, section 5.5)
 _PONG: Final = 0x8A
 _MAX_CONTROL_BYTES: Final = 125  # of a control frame's payload (RFC 6455, section 5.5)
+_MAX_LENGTH: Final = 127  # what the seven bits of the length can say
 _MAX_LENGTH_END: Final = 10  # the bytes of a frame header up to the end of a 64-bit length
 _FOR_EVER: Final = 1 << 64  # more bytes than any stream has
 
@@ -49,10 +50,11 @@ class PongFilter:
     counts them.
     """
 
-    __slots__ = ("_passed", "_prefix", "_skip", "held", "pongs")
+    __slots__ = ("_mask_bit", "_passed", "_prefix", "_skip", "held", "pongs")
 
     def __init__(self, prefix: bytes, scanner: FrameScanner) -> None:
         self._prefix = prefix
+        self._mask_bit = scanner.mask_bit
         self._passed = b""  # the incomplete header of a frame that cannot be ours; it was passed on
         self.held = b""  # an incomplete frame that may become a Pong of ours; it was not passed on
         self.pongs = 0
@@ -96,7 +98,7 @@ class PongFilter:
                 self.held = data[at:]
                 end = at
             else:
-                size = _size_of_frame(data, at, end)
+                size = _size_of_frame(data, at, end, self._mask_bit)
                 if not size:
                     self._passed = data[at:]
                     break
@@ -110,7 +112,7 @@ class PongFilter:
     def _end_of_passed(self, data: bytes) -> int:
         """Return where in `data` the frame ends that was begun before it; the end of `data` while nothing tells."""
         begun = self._passed + data[:_MAX_LENGTH_END]
-        size = _size_of_frame(begun, 0, len(begun))
+        size = _size_of_frame(begun, 0, len(begun), self._mask_bit)
         if not size:
             self._passed = begun
             return len(data)
@@ -122,13 +124,12 @@ class PongFilter:
         """Return the bytes of the Pong of ours that stands at `at`; 0 where it is none, -1 while it may become one."""
         if end - at < 2:  # noqa: PLR2004 -- the two bytes that every frame begins with
             return -1
-        size = data[at + 1] & 0x7F
+        size = data[at + 1] ^ self._mask_bit
         if not len(self._prefix) <= size <= _MAX_CONTROL_BYTES:
             return 0
-        is_masked = data[at + 1] & 0x80
-        payload_at = at + (6 if is_masked else 2)
+        payload_at = at + (6 if self._mask_bit else 2)
         begun = data[payload_at : payload_at + len(self._prefix)]
-        if is_masked:
+        if self._mask_bit:
             begun = _mask(begun, data[at + 2 : payload_at])
         if not self._prefix.startswith(begun):
             return 0
@@ -139,15 +140,18 @@ class PongFilter:
         return f"<PongFilter pongs={self.pongs} skip={self._skip} held={len(self.held)}>"
 
 
-def _size_of_frame(data: bytes, at: int, end: int) -> int:
+def _size_of_frame(data: bytes, at: int, end: int, mask_bit: int) -> int:
     """Return the bytes of the whole frame at `at`, as the scanner counts them; 0 while its length has not come.
 
-    A Close frame too long to be one ends the WebSocket, as for the scanner: all that follows counts as that frame.
+    A Close frame too long to be one ends the WebSocket, as for the scanner, and so does one with a mask where none may
+    be, or without: all that follows counts as that frame.
     """
     if end - at < 2:  # noqa: PLR2004 -- the two bytes that every frame begins with
         return 0
-    size = data[at + 1] & 0x7F
-    head = 6 if data[at + 1] & 0x80 else 2
+    size = data[at + 1] ^ mask_bit
+    head = 6 if mask_bit else 2
+    if size > _MAX_LENGTH:
+        return _FOR_EVER
     if size > _MAX_CONTROL_BYTES:
         length_bytes = 2 if size == 126 else 8  # noqa: PLR2004 -- RFC 6455, section 5.2
         if end - at < 2 + length_bytes:

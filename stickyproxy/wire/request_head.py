@@ -42,6 +42,10 @@ _HOST = re.compile(
     rb"(?:(?:\[(?=[^\]]*:)[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~\-]+)?\]"
     rb"|(?:[A-Za-z0-9._~!$&'()*+;=\-]++|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?)?"
 )
+# An idle connection holds what is remembered, three times over: for a large section that would be 400 KB.
+_MAX_REMEMBERED_BYTES: Final = 8 * 1024
+_WRONG_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\n[ \t]|\x00")
+_LINE_ROOM: Final = 64  # bytes of a request line beside its target: method, version, spaces
 _WITH_CONTENT: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 _COUNTED: Final = frozenset({b"TRACE", b"OPTIONS"})  # their Max-Forwards counts the proxies (RFC 9110, section 7.6.2)
 _NEVER_REPEATED: Final = _COUNTED | {b"CONNECT"}
@@ -144,8 +148,10 @@ class RequestHeadReader:
         head = parse_request_head(data, end, self._limits)
         if self._cookies is not None and head.cookies is not None:
             head.token = self._cookies.take(head.section, head.cookies)
-        if head.is_repeatable:
+        if head.is_repeatable and len(section) <= _MAX_REMEMBERED_BYTES:
             self._last, self._section = head, section
+        else:
+            self._last, self._section = None, b""
         return head
 
 
@@ -326,10 +332,32 @@ def _drop_named(head: RequestHead, named: list[bytes]) -> None:
         head.via = None
 
 
+def find_head_error(data: bytearray, checked: int, limits: HeadLimits) -> RequestError | None:
+    """Return what is wrong with a head that has not come whole; None as long as one can come of it.
+
+    The first `checked` bytes were looked at before. What cannot become a head is refused at once, and not when its time
+    is over.
+    """
+    if len(data) > limits.head_bytes:
+        return RequestError("the request head is too large", status=431)
+    start = 0
+    while data.startswith(b"\r\n", start):  # empty lines before a request (RFC 9112, section 2.2)
+        start += 2
+    line_end = data.find(b"\r\n", start)
+    if line_end < 0:
+        if len(data) - start > limits.target_bytes + _LINE_ROOM:
+            return RequestError("the request line is too long", status=414)
+    elif line_end + 2 > checked and _REQUEST_LINE.match(data, start) is None:
+        return _request_line_error(bytes(data[start:]), limits)
+    if _WRONG_END.search(data, max(start, checked - 1)) is not None:
+        return RequestError("a bare CR or LF, a NUL or a folded line in the request head")
+    return None
+
+
 def _request_line_error(data: bytes, limits: HeadLimits) -> RequestError:
     first = data[: data.find(b"\r\n")]
     parts = first.split(b" ")
-    if len(first) > limits.target_bytes + 64:
+    if len(first) > limits.target_bytes + _LINE_ROOM:
         return RequestError("the request line is too long", status=414)
     if len(parts) == 3 and re.fullmatch(rb"HTTP/[0-9]\.[0-9]", parts[2]):  # noqa: PLR2004 -- method, target, version
         if parts[2] not in {b"HTTP/1.0", b"HTTP/1.1"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -13,6 +14,8 @@ from stickyproxy.wire.headers import (
     RESPONSE_CACHE_CONTROL,
     RESPONSE_CONNECTION,
     RESPONSE_CONTENT_LENGTH,
+    RESPONSE_DATE,
+    RESPONSE_SET_COOKIE,
     RESPONSE_SPECIALS,
     RESPONSE_TRANSFER_ENCODING,
     FieldError,
@@ -29,10 +32,15 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9])[0-9]{2}(?: [\t -~\x80-\xff]
 
 
 class ResponseHead:
-    """The facts of one response head; `status_text` is the status code with its reason phrase."""
+    """The facts of one response head; `status_text` is the status code with its reason phrase.
+
+    `has_cookies` says that the application sets some, `has_date` that it says when it made the response.
+    """
 
     __slots__ = (
         "cache_control",
+        "has_cookies",
+        "has_date",
         "has_length",
         "is_upgrade",
         "keep_alive",
@@ -49,6 +57,8 @@ class ResponseHead:
         self.section: Section = []
         self.length = UNTIL_CLOSE
         self.has_length = False
+        self.has_date = False
+        self.has_cookies = False
         self.is_upgrade = False
         self.cache_control: bytes | None = None
 
@@ -94,7 +104,7 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
     return head
 
 
-def _read_response_section(  # noqa: C901 -- one branch for each field, in one pass
+def _read_response_section(  # noqa: C901, PLR0912 -- one branch for each field, in one pass
     head: ResponseHead, data: bytes, start: int, end: int
 ) -> Framing | None:
     """Read `data[start:end]`; return the framing fields but Content-Length, None where there are none."""
@@ -111,6 +121,12 @@ def _read_response_section(  # noqa: C901 -- one branch for each field, in one p
                 raise FieldError("several Content-Length fields")  # RFC 9112, section 6.3
             head.length = parse_content_length(data[value_at:stop])
             head.has_length = True
+            continue
+        if kind == RESPONSE_DATE:
+            head.has_date = True
+            continue
+        if kind == RESPONSE_SET_COOKIE:
+            head.has_cookies = True
             continue
         if kind == RESPONSE_CACHE_CONTROL:
             head.cache_control = (head.cache_control or b"") + b"," + lower[value_at:stop]
@@ -160,3 +176,8 @@ def _read_response_framing(head: ResponseHead, framing: Framing) -> None:
 def write_response_head(head: ResponseHead, *more: bytes) -> bytes:
     """Return the head as a client gets it; `more` are lines of the proxy's own, each with its CRLF, or nothing."""
     return b"".join((b"HTTP/1.1 ", head.status_text, b"\r\n", *head.section, *more, b"\r\n"))
+
+
+def write_date(wall: float) -> bytes:
+    """Return the Date field, with its CRLF, for a time in seconds since 1970 (RFC 9110, section 6.6.1)."""
+    return b"Date: " + formatdate(wall, usegmt=True).encode("ascii") + b"\r\n"

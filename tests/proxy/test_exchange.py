@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+from email.utils import parsedate_to_datetime
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -638,6 +639,67 @@ async def test_chunks_that_are_too_many_are_413_and_the_upstream_sees_no_end(sta
     response = await client.read_response()
     assert (response.status, response["Connection"]) == (413, "close")
     assert not (await app.read_rest()).endswith(b"0\r\n\r\n")
+
+
+# What the proxy adds, and takes out, of a response
+
+
+async def test_a_response_without_a_date_gets_one(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer()
+    response = await client.read_response()
+    assert abs(parsedate_to_datetime(response["Date"]).timestamp() - proxy.plane.wall) < 5
+    client.send(GET)
+    await app.read_request()
+    app.answer(b"", "Date: Sun, 06 Nov 1994 08:49:37 GMT")
+    assert (await client.read_response()).all("Date") == ["Sun, 06 Nov 1994 08:49:37 GMT"]
+    client.send(request("POST /", body=b"x"))
+    await app.read_request()
+    app.close()
+    response = await client.read_response()
+    assert (response.status, len(response.all("Date"))) == (502, 1)
+
+
+async def test_a_cookie_of_the_app_does_not_end_the_pin(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"", "Set-Cookie: stickyproxy=theirs; Path=/", "Set-Cookie: session=1")
+    response = await client.read_response()
+    cookie = response.cookie
+    assert sorted(one.partition("=")[0] for one in response.all("Set-Cookie")) == ["session", "stickyproxy"]
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer(b"", "Set-Cookie: session=1", "set-cookie: stickyproxy=; Max-Age=0")
+    assert (await client.read_response()).all("Set-Cookie") == ["session=1"]
+    client.send(HANDSHAKE.replace(b"\r\n\r\n", f"\r\nCookie: {cookie}\r\n\r\n".encode()))
+    await app.read_request()
+    app.send(ACCEPT.replace(b"\r\n\r\n", b"\r\nSet-Cookie: stickyproxy=theirs\r\nSet-Cookie: session=2\r\n\r\n"))
+    assert (await client.read_message()).all("Set-Cookie") == ["session=2"]
+
+
+async def test_an_app_may_set_any_cookie_where_there_is_no_affinity_cookie(start: Start) -> None:
+    proxy = await start(settings=Settings(cookie=None), rules=Rules(has_cookie=False))
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    app.answer(b"", "Set-Cookie: stickyproxy=theirs")
+    assert (await client.read_response()).all("Set-Cookie") == ["stickyproxy=theirs"]
+
+
+async def test_a_request_that_the_end_of_its_connection_cuts_short_is_not_waited_for(proxy: PlaneUnderTest) -> None:
+    """The end was seen while the request before it was under way."""
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    client.send(request("PUT /", "Content-Length: 36") + b"short")
+    await client.flush()
+    client.half_close()
+    (downstream,) = proxy.plane.downstreams
+    await eventually(lambda: downstream.has_eof)
+    app.answer()
+    assert (await client.read_response()).status == 200
+    await client.read_rest()
+    assert (await proxy.recorded(2)).status == 499
+    await eventually(lambda: not proxy.plane.downstreams)
 
 
 # Origins

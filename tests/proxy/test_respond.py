@@ -13,6 +13,7 @@ from stickyproxy.wire.request_head import RequestHead, parse_request_head
 from tests.helpers.raw import Message, parse_message, request
 
 ID = b"0123456789abcdef01234567"
+DATE = b"Date: Mon, 23 Nov 2026 07:00:00 GMT\r\n"
 
 
 def head(*fields: str, line: str = "GET /", version: str = "1.1") -> RequestHead:
@@ -23,12 +24,13 @@ def head(*fields: str, line: str = "GET /", version: str = "1.1") -> RequestHead
 def answer(
     error: RequestError | ResponseError | UpstreamUnavailable, of: RequestHead | None, *, keep_alive: bool = True
 ) -> Message:
-    data = write_error(error, of, ID, keep_alive=keep_alive)
+    data = write_error(error, of, ID, DATE, keep_alive=keep_alive)
     start, _, body = data.partition(b"\r\n\r\n")
     message = parse_message(start + b"\r\n\r\n")
     message.body = body
     assert message["X-Request-ID"] == ID.decode()
     assert message["Cache-Control"] == "no-store"
+    assert message["Date"] == "Mon, 23 Nov 2026 07:00:00 GMT"
     return message
 
 
@@ -120,7 +122,7 @@ def test_every_status_has_its_phrase(status: int) -> None:
 def test_a_redirect_keeps_the_host_and_replaces_the_port(host: str, port: int, place: str) -> None:
     data = b"GET /a/b?c=d&e HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode()
     asked = parse_request_head(data, len(data), HeadLimits())
-    message = parse_message(write_redirect(asked, port, ID, keep_alive=True))
+    message = parse_message(write_redirect(asked, port, ID, DATE, keep_alive=True))
     assert message.start == "HTTP/1.1 308 Permanent Redirect"
     assert message["Location"] == f"https://{place}/a/b?c=d&e"
     assert (message["Content-Length"], message["X-Request-ID"]) == ("0", ID.decode())
@@ -137,6 +139,6 @@ def test_a_redirect_keeps_the_host_and_replaces_the_port(host: str, port: int, p
     ],
 )
 def test_a_redirect_never_leaves_the_host(line: str, target: str) -> None:
-    message = parse_message(write_redirect(head(line=line), 443, ID, keep_alive=False))
+    message = parse_message(write_redirect(head(line=line), 443, ID, DATE, keep_alive=False))
     assert message["Location"] == f"https://example.org{target}"
     assert message["Connection"] == "close"

@@ -273,3 +273,31 @@ def test_a_wrong_reader_would_be_found_by_the_cuts() -> None:
     data = b"3\r\nabc\r\n0\r\n\r\n"
     assert any(read(Forgetful(), cut(data, [at])) != read(Forgetful(), [data]) for at in range(len(data)))
     assert all(read(ChunkedReader(), cut(data, [at])) == read_whole(data) for at in range(len(data)))
+
+
+# Small chunks
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 9, 10, 15, 16, 17, 170, 255, 256, 300]), st.sampled_from("xX0e"))),
+    st.lists(st.integers(0, 3000), max_size=6),
+    st.binary(max_size=6),
+)
+def test_small_chunks_are_read_as_all_others(chunks: list[tuple[int, str]], positions: list[int], fill: bytes) -> None:
+    """Sizes in small and capital letters, with zeros before them and with extensions, in any order and cut."""
+    forms = {"x": b"%x", "X": b"%X", "0": b"0%x", "e": b"%x;a=b"}
+    payload, data = b"", b""
+    for size, form in chunks:
+        piece = ((fill or b"\r\n") * size)[:size]
+        payload += piece
+        data += forms[form] % size + b"\r\n" + piece + b"\r\n"
+    data += b"0\r\n\r\n"
+    facts = read(ChunkedReader(), cut(data + b"next", positions))
+    assert facts == read_whole(data + b"next")
+    assert (facts.payload, facts.excess, facts.error) == (payload, b"next", "")
+
+
+@pytest.mark.parametrize("end", [b"\n\r", b"\rx", b"xx", b"\r\r"])
+def test_a_small_chunk_longer_than_its_size_is_refused(end: bytes) -> None:
+    assert read_whole(b"1\r\na\r\n2\r\nab" + end + b"0\r\n\r\n").error == "a chunk longer than its size"

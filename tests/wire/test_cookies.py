@@ -189,3 +189,30 @@ def test_no_cookie_is_written_that_browsers_drop(
 )
 def test_what_a_shared_cache_would_keep(cache_control: bytes | None, is_shared: bool) -> None:  # noqa: FBT001
     assert is_shared_cacheable(cache_control) is is_shared
+
+
+# Cookies of the application with our name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Set-Cookie: stickyproxy=theirs",
+        b"set-cookie: stickyproxy=",
+        b"SET-COOKIE: stickyproxy =theirs; Path=/app; HttpOnly",
+        b"Set-Cookie: stickyproxy; Path=/",
+        b"Set-Cookie: stickyproxy",
+    ],
+)
+def test_a_cookie_of_the_application_never_takes_our_place(line: bytes) -> None:
+    others = [b"X: stickyproxy=1", b"Set-Cookie: stickyproxy2=a", b"Set-Cookie: a=stickyproxy=b", b"Set-Cookie: A=b"]
+    writer = CookieWriter(CookieAttributes())
+    for position in range(len(others) + 1):
+        lines = [*others[:position], line, *others[position:]]
+        section = [b"".join(one + b"\r\n" for one in lines[:2]), b"".join(one + b"\r\n" for one in lines[2:])]
+        assert b"".join(writer.drop_foreign(section)) == b"".join(one + b"\r\n" for one in others)
+
+
+def test_cookies_with_other_names_are_not_touched() -> None:
+    section = [b"Set-Cookie: Stickyproxy=a\r\nSet-Cookie: xstickyproxy=a\r\n", b"Set-Cookie: stickyproxyx=a\r\n"]
+    assert CookieWriter(CookieAttributes()).drop_foreign(section) == section

@@ -263,3 +263,11 @@ def test_several_fields_are_one_chain() -> None:
 )  # fmt: skip
 def test_an_address_lies_in_a_network(address: str, is_inside: bool) -> None:  # noqa: FBT001
     assert is_in(ip_address(address), PROXIES) is is_inside
+
+
+def test_a_list_without_end_is_looked_at_from_its_end_only() -> None:
+    """Each item costs 5 microseconds; a trusted proxy passes on what its own clients say."""
+    few = ", ".join(["192.0.2.1", *["10.0.0.7"] * 30])
+    assert client_address(TRUSTED, parse({"X-Forwarded-For": few}), PROXIES) == "192.0.2.1"
+    many = ", ".join(["192.0.2.1", *["10.0.0.7"] * 40])
+    assert client_address(TRUSTED, parse({"X-Forwarded-For": many}), PROXIES) == "10.0.0.1"

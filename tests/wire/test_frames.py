@@ -27,7 +27,10 @@ MASK = b"\x01\x02\x03\x04"
 
 
 def scan(pieces: Iterable[bytes], *, peer: FrameScanner | None = None) -> FrameScanner:
-    scanner = FrameScanner([0] * 16)
+    """Scan a stream, of a client where its first frame is masked."""
+    pieces = list(pieces)
+    stream = b"".join(pieces)
+    scanner = FrameScanner([0] * 16, is_masked=bool(stream[1:2] >= b"\x80"))
     scanner.peer = peer
     for piece in pieces:
         scanner.feed(piece)
@@ -90,7 +93,7 @@ def test_any_cut_of_any_frames_gives_what_websockets_wrote(
             close_code = (int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0) or NO_STATUS
     near = [st.integers(max(0, end - 14), min(len(stream), end + 14)) for end in ends]
     bounds = sorted(data.draw(st.lists(st.one_of(st.integers(0, len(stream)), *near), max_size=8)))
-    scanner = FrameScanner([0] * 16)
+    scanner = FrameScanner([0] * 16, is_masked=mask)
     before = 0
     for bound in [*bounds, len(stream)]:
         scanner.feed(stream[before:bound])
@@ -153,7 +156,7 @@ def test_the_first_close_frame_counts() -> None:
 
 
 def test_the_answer_to_a_close_frame_is_not_the_first() -> None:
-    first = scan([write_close(4001, "")], peer=FrameScanner([0] * 16))
+    first = scan([write_close(4001, "")], peer=FrameScanner([0] * 16, is_masked=True))
     answer = scan([write_close(4001, "", mask=MASK)], peer=first)
     assert (first.is_first, answer.is_first) == (True, False)
     assert answer.close_code == 4001
@@ -188,10 +191,34 @@ def test_any_bytes_are_scanned(pieces: list[bytes]) -> None:
     assert by_piece.is_lost <= (not by_piece.is_at_boundary)
 
 
+@pytest.mark.parametrize("mask", [False, True], ids=["unmasked", "masked"])
+def test_a_frame_that_is_masked_where_none_may_be_ends_the_reading(mask: bool) -> None:  # noqa: FBT001
+    """And one that is not where it must be (RFC 6455, section 5.1): its receiver will close the connection."""
+    right, wrong = serialise(1, b"abc", mask=mask), serialise(1, b"abc", mask=not mask)
+    scanner = scan([right, wrong, right])
+    assert (scanner.counts[1], scanner.is_lost, scanner.is_at_boundary) == (1, True, False)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("cut", [0, 1, 2, 17, 31])
+def test_runs_of_empty_frames_are_counted_one_by_one(cut: int, mask: bool) -> None:  # noqa: FBT001
+    opcodes = [1, 9, 2, 0, 10] * 20
+    stream = b"".join(serialise(opcode, b"", mask=mask) for opcode in opcodes)
+    stream += serialise(8, b"", mask=mask) + serialise(1, b"", mask=mask) * 10 + serialise(2, b"a", mask=mask)
+    scanner = scan([stream[:cut], stream[cut:]] if cut else [stream])
+    assert [scanner.counts[opcode] for opcode in (0, 1, 2, 8, 9, 10)] == [20, 30, 21, 1, 20, 20]
+    assert (scanner.close_code, scanner.is_at_boundary) == (NO_STATUS, True)
+
+
+def test_reserved_opcodes_among_empty_frames_are_counted_too() -> None:
+    scanner = scan([b"\x81\x00" * 20 + b"\x83\x00" * 3 + b"\x8b\x00" + b"\x81\x00" * 20])
+    assert (scanner.counts[1], scanner.counts[3], scanner.counts[11], sum(scanner.counts)) == (40, 3, 1, 44)
+
+
 def test_counts_may_be_shared() -> None:
     counts = [0] * 16
     for _ in range(2):
-        FrameScanner(counts).feed(serialise(1, b"", mask=False))
+        FrameScanner(counts, is_masked=False).feed(serialise(1, b"", mask=False))
     assert counts[1] == 2
 
 

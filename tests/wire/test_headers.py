@@ -18,6 +18,8 @@ from stickyproxy.wire.headers import (
     RESPONSE_CACHE_CONTROL,
     RESPONSE_CONNECTION,
     RESPONSE_CONTENT_LENGTH,
+    RESPONSE_DATE,
+    RESPONSE_SET_COOKIE,
     RESPONSE_SPECIALS,
     RESPONSE_TRANSFER_ENCODING,
     RESPONSE_UPGRADE,
@@ -215,7 +217,8 @@ def test_no_underscore_makes_a_special_field_of_another(name: str) -> None:
         ("Proxy-Authenticate", DROPPED),
         ("Proxy-Authentication-Info", DROPPED),
         ("Proxy-Status", None),
-        ("Set-Cookie", None),
+        ("Set-Cookie", RESPONSE_SET_COOKIE),
+        ("Date", RESPONSE_DATE),
         ("Content-Type", None),
     ],
 )

@@ -13,7 +13,13 @@ from stickyproxy.errors import RequestError
 from stickyproxy.wire.cookies import CookieReader
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter
 from stickyproxy.wire.head import CHUNKED, HeadLimits, find_head_end
-from stickyproxy.wire.request_head import RequestHead, RequestHeadReader, parse_request_head, write_request_head
+from stickyproxy.wire.request_head import (
+    RequestHead,
+    RequestHeadReader,
+    find_head_error,
+    parse_request_head,
+    write_request_head,
+)
 from tests.wire.heads import ANY_BYTES, BAD_LENGTH, BOTH, LIMITS, PARTS, SEVERAL, check_section
 
 GET = b"GET / HTTP/1.1\r\n"
@@ -606,3 +612,83 @@ def test_a_head_is_written_with_one_framing_and_what_the_upstream_must_know(head
 
 def test_repr_shows_the_facts() -> None:
     assert repr(request(b"Content-Length: 5")) == "<RequestHead b'GET' b'/' length=5>"
+
+
+# Heads that have not come whole
+
+
+@pytest.mark.parametrize(
+    ("part", "status"),
+    [
+        (b"GET / HTTP/1.1\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\nX: 1\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\rX", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\rb", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n b", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\tb", 400),
+        (b"GET / HTTP/1.1\r\nHost: \x00", 400),
+        (b"HELO a\r\n", 400),
+        (b"GET /\r\n", 400),
+        (b"\r\n\r\nGET /\r\n", 400),
+        (b"GET / HTTP/2.0\r\n", 505),
+        (b"GET /" + b"a" * 20_000, 414),
+        (b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 200_000, 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
+    ],
+)
+def test_what_cannot_become_a_head_is_known_before_its_end(part: bytes, status: int) -> None:
+    error = find_head_error(bytearray(part), 0, HeadLimits())
+    assert error is not None
+    assert error.status == status
+    if len(part) > 1000:
+        return
+    for position in range(1, len(part)):
+        before = find_head_error(bytearray(part[:position]), 0, HeadLimits())
+        assert (before or find_head_error(bytearray(part), position, HeadLimits())) is not None
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: b c\t\r\n\r\n",
+        b"\r\n\r\nGET /a?b HTTP/1.0\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost:\r\n\r\n",
+    ],
+)
+def test_every_part_of_a_head_may_become_one(whole: bytes) -> None:
+    for position in range(len(whole) - 1):
+        for checked in range(position + 1):
+            assert find_head_error(bytearray(whole[:position]), checked, HeadLimits()) is None, (position, checked)
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(PARTS, max_size=8).map(b"".join), st.integers(0, 60))
+@example(b"GET / HTTP/1.1\r\nHost: a\r\nX : 1\r\n\r\n", 30)
+def test_what_is_refused_early_is_refused_whole(data: bytes, position: int) -> None:
+    """Nothing that would be taken is refused before its end."""
+    end = find_head_end(data)
+    if end < 0 or data.startswith(b"\r\n"):
+        return
+    with suppress(RequestError):
+        parse_request_head(data, end, LIMITS)
+        assert find_head_error(bytearray(data[: min(position, end - 1)]), 0, LIMITS) is None
+
+
+# What is remembered
+
+
+def test_a_large_section_is_not_remembered() -> None:
+    """An idle connection would hold it three times."""
+    reader = RequestHeadReader(HeadLimits())
+    small, large = (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * size + b"\r\n\r\n" for size in (100, 50_000))
+    reader.read(small, len(small))
+    assert reader._last is not None
+    reader.read(large, len(large))
+    assert reader._section == b""
+    assert reader.read(small, len(small)).host == b"a"
+
+
+def test_far_too_many_connection_options_are_refused() -> None:
+    assert request(b"Connection: " + b", ".join([b"a"] * 4000)).keep_alive
+    with pytest.raises(RequestError, match="too many Connection options"):
+        request(b"Connection: " + b", ".join([b"a"] * 5000))

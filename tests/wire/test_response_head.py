@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stickyproxy.errors import ResponseError
 from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE, find_head_end
-from stickyproxy.wire.response_head import ResponseHead, parse_response_head, write_response_head
+from stickyproxy.wire.response_head import ResponseHead, parse_response_head, write_date, write_response_head
 from tests.wire.heads import ANY_BYTES, BAD_LENGTH, BOTH, LIMITS, SEVERAL, check_section
 
 
@@ -190,3 +190,27 @@ def test_a_head_is_written_with_the_lines_of_the_proxy_after_its_own() -> None:
 
 def test_repr_shows_the_facts() -> None:
     assert repr(respond(b"Content-Length: 5")) == "<ResponseHead 200 length=5>"
+
+
+# What is told of it
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_date", "has_cookies"),
+    [
+        (b"", False, False),
+        (b"Date: Mon, 23 Nov 2026 07:00:00 GMT\r\n", True, False),
+        (b"date: x\r\nset-cookie: a=b\r\nSET-COOKIE: c=d\r\n", True, True),
+        (b"X-Date: x\r\nX-Set-Cookie: y\r\nDated: z\r\n", False, False),
+    ],
+)
+def test_a_date_and_cookies_are_noted_and_stay(fields: bytes, has_date: bool, has_cookies: bool) -> None:  # noqa: FBT001
+    data = b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: 0\r\n\r\n"
+    head = parse_response_head(data, len(data), LIMITS, b"GET")
+    assert (head.has_date, head.has_cookies) == (has_date, has_cookies)
+    assert b"".join(head.section) == fields + b"Content-Length: 0\r\n"
+
+
+def test_a_date_is_written_as_others_read_it() -> None:
+    assert write_date(1_795_417_200.9) == b"Date: Mon, 23 Nov 2026 07:00:00 GMT\r\n"
+    assert write_date(784111777) == b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"  # RFC 9110, section 5.6.7
