@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.websocket_matrix import (
+    Case,
+    Door,
+    End,
+    differences,
+    observe,
+)
+from tests.helpers.websocket_relay import FAULTS, Fault, FaultyRelay, OneFrame, same_head
+from tests.helpers.websocket_site import Site, open_site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from websockets.asyncio.server import ServerConnection
+    from websockets.http11 import Request, Response
+
+    from tests.helpers.websocket_matrix import Verdict
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_site(tmp_path_factory.mktemp("site")) as site:
@@ -39,7 +63,7 @@ async def through_relay(site: Site, on_head: Callable[[bytes], bytes], on_frame:
     relay = FaultyRelay(site.direct, on_head, on_frame)
     async with await asyncio.start_server(relay.serve, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
-        return await observe(case, site.listening, (host, port))
+        return await observe(case, site.listening, Door(host, port))
 
 
 async def test_the_proxy_and_a_relay_without_a_fault_leave_the_rich_case_as_it_is(site: Site) -> None:

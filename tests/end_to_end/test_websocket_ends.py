@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.websocket_cases import (
+    DEFLATE,
+    INSIDE,
+    MIB,
+    OVERLONG,
+    WHERE,
+    by,
+    far_from,
+    frame,
+    heed,
+    sides,
+    vanish,
+    wrong,
+)
+from tests.helpers.websocket_matrix import (
+    Case,
+    End,
+    Script,
+    digest,
+    receive_all,
+)
+from tests.helpers.websocket_site import Site, open_site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_site(tmp_path_factory.mktemp("site")) as site:
         yield site
 
+
+# Close frames and cuts (RFC 6455, sections 5.5.1 and 7)
 
 CODES = [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3001, 3999, 4000, 4001, 4321, 4999]
 
@@ -55,7 +88,7 @@ async def test_an_end_that_sends_close_and_then_nothing_more(site: Site, side: s
 
 
 async def test_both_ends_close_at_once(site: Site) -> None:
-    def closing(name: str, code: int) -> Callable[[End], Any]:
+    def closing(name: str, code: int) -> Script:
         async def close(end: End) -> None:
             end.connection.protocol.send_close(code, f"by the {name}")
             end.events[f"{name} is ready"].set()
@@ -106,6 +139,9 @@ async def test_a_server_that_vanishes_is_told_by_a_close_frame_where_a_frame_has
         errors = different.pop("client: errors")
         assert ["ConnectionResetError" in errors[0][0], "EOFError" in errors[1][0]] == [True, True]
     assert different == {}
+
+
+# Frames that are wrong: the far end says so, and the proxy does not
 
 
 @sides

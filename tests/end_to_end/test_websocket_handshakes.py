@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import http
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from websockets.frames import Frame, Opcode
+
+from tests.helpers.websocket_cases import (
+    content,
+)
+from tests.helpers.websocket_matrix import (
+    DEADLINE_S,
+    Case,
+    Conversation,
+    Door,
+    End,
+    differences,
+    digest,
+    observe,
+    receive_all,
+)
+from tests.helpers.websocket_site import Site, open_site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from websockets.asyncio.server import ServerConnection
+    from websockets.http11 import Request, Response
+
+    from tests.helpers.websocket_matrix import Verdict
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_site(tmp_path_factory.mktemp("site")) as site:

@@ -7,6 +7,38 @@ a case through relays with faults.
 
 from __future__ import annotations
 
+import asyncio
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.extensions.permessage_deflate import (
+    ClientPerMessageDeflateFactory,
+    ServerPerMessageDeflateFactory,
+)
+
+from tests.helpers.websocket_cases import (
+    DEFLATE,
+    MIB,
+    SIZES,
+    by,
+    content,
+    far_from,
+    sides,
+    text,
+)
+from tests.helpers.websocket_matrix import (
+    Case,
+    End,
+    digest,
+)
+from tests.helpers.websocket_site import Site, open_site
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_site(tmp_path_factory.mktemp("site")) as site:
@@ -42,6 +74,8 @@ async def test_a_message_that_the_far_end_finds_too_big(site: Site, side: str) -
     verdict = await site.same(by(side, send, options={"max_size": MIB}))
     assert verdict[f"{side}: Close received"][0] == 1009
 
+
+# permessage-deflate (RFC 7692)
 
 DEFLATE_PARAMETERS: list[dict[str, Any]] = [
     {},
@@ -89,6 +123,8 @@ async def test_deflate_that_one_end_does_not_want(
     assert verdict["client: extensions"] == []
     assert " rsv=0 " in verdict["client: frames received"][0]
 
+
+# Fragments, Pings and Pongs (RFC 6455, sections 5.4 and 5.5)
 
 FRAGMENTS: dict[str, Sequence[str] | Sequence[bytes]] = {
     "text": ["a", "", "bc", "ü" * 100, "", "d" * 70000],

@@ -11,29 +11,56 @@ import asyncio
 import hashlib
 import socket
 import struct
-import zlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.utils import apply_mask
+
+from tests.helpers.raw import eventually
+from tests.helpers.websocket_wire import RecordedClient, RecordedServer, set_own_pings_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    import ssl
+    from collections.abc import Iterable, Mapping
 
+    from websockets.asyncio.server import ServerConnection
     from websockets.frames import Close
 
+    from tests.helpers.websocket_wire import Wire
+
 DEADLINE_S: Final = 120.0
-SHORT_BYTES: Final = 125  # the bound of a control frame (RFC 6455, section 5.5); longer payloads are not shown
-OPCODES: Final = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
-HEAD_END: Final = b"\r\n\r\n"
 
 Verdict = dict[str, Any]
-Door = tuple[str, int]
+Script = Callable[["End"], Any]
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the client connects to: with TLS if there is a context; `has_pings` if a proxy there sends its own."""
+
+    host: str
+    port: int
+    context: ssl.SSLContext | None = None
+    has_pings: bool = False
+
+    def connect(self, listening: socket.socket, path: str, options: Mapping[str, Any]) -> connect:
+        """Return what connects a client; it names the address of the server whatever the door is."""
+        scheme = "ws" if self.context is None else "wss"
+        host, port = listening.getsockname()[:2]
+        return connect(
+            f"{scheme}://{host}:{port}{path}",
+            host=self.host,
+            port=self.port,
+            ssl=self.context,
+            proxy=None,
+            open_timeout=DEADLINE_S,
+            **options,
+        )
 
 
 def digest(data: bytes) -> str:
@@ -41,127 +68,19 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-class Wire:
-    """One direction of a connection at one end: the head, then each frame as it was framed, a checksum of it all."""
-
-    def __init__(self) -> None:
-        self.head = b""
-        self.frames: list[str] = []
-        self.size = 0  # bytes after the head
-        self._checksum = 0
-        self._held = bytearray()
-        self._skip = 0
-
-    @property
-    def fact(self) -> tuple[int, int]:
-        """How many bytes came after the head, and their CRC-32."""
-        return self.size, self._checksum
-
-    @property
-    def lines(self) -> list[str]:
-        """The lines of the head."""
-        return self.head.decode("latin-1").split("\r\n")[:-2]
-
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Go on with the bytes that came next."""
-        if not self.head:
-            self._held += data
-            head, end, rest = bytes(self._held).partition(HEAD_END)
-            if not end:
-                return
-            self.head = head + end
-            self._held.clear()
-            data = rest
-        self.size += len(data)
-        self._checksum = zlib.crc32(data, self._checksum)
-        if not self.head.startswith((b"GET ", b"HTTP/1.1 101 ")):
-            return
-        skipped = min(self._skip, len(data))
-        self._skip -= skipped
-        self._held += memoryview(data)[skipped:]
-        while self._take_frame():
-            pass
-
-    def _take_frame(self) -> bool:
-        """Note the frame that what is held begins with; say whether there may be another."""
-        held = self._held
-        if len(held) < 2:
-            return False
-        size, at = held[1] & 0x7F, 2
-        width = {126: 2, 127: 8}.get(size, 0)
-        is_masked = bool(held[1] & 0x80)
-        start = at + width + (4 if is_masked else 0)
-        if len(held) < start:
-            return False
-        if width:
-            size = int.from_bytes(held[at : at + width], "big")
-        end = start + size
-        if size <= SHORT_BYTES and len(held) < end:
-            return False
-        payload = bytes(held[start:end]) if size <= SHORT_BYTES else b""
-        if is_masked:
-            payload = apply_mask(payload, bytes(held[start - 4 : start]))
-        name = OPCODES.get(held[0] & 0x0F, str(held[0] & 0x0F))
-        flags = f"fin={held[0] >> 7} rsv={held[0] >> 4 & 7} mask={is_masked:d} width={width}"
-        self.frames.append(f"{name} {flags} {size} {payload.hex()}")
-        self._skip = max(0, end - len(held))
-        del held[:end]
-        return bool(held)
-
-
-class _RecordedTransport:
-    """A transport that notes what is written; `tail` goes out in one piece with the first write, the head."""
-
-    def __init__(self, transport: asyncio.BaseTransport, wire: Wire, tail: bytes) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._wire = wire
-        self._tail = tail
-
-    def write(self, data: bytes) -> None:
-        if self._tail:
-            data, self._tail = data + self._tail, b""
-        if not self._transport.is_closing():
-            self._wire.feed(data)
-        self._transport.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class _Recorded(asyncio.Protocol):
-    """What the connections of both ends have in common: everything read and written is noted."""
-
-    tail = b""
-
-    @override
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.sent, self.received = Wire(), Wire()
-        recorded = _RecordedTransport(transport, self.sent, self.tail)
-        super().connection_made(cast("asyncio.BaseTransport", recorded))
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        self.received.feed(data)
-        super().data_received(data)
-
-
-class RecordedClient(_Recorded, ClientConnection):
-    """The client's end."""
-
-
-class RecordedServer(_Recorded, ServerConnection):
-    """The server's end."""
-
-
 class End:
     """One end of a conversation, as its script uses it. `events` are shared with the other end, by name."""
 
-    def __init__(self, connection: RecordedClient | RecordedServer, events: dict[str, asyncio.Event]) -> None:
+    def __init__(
+        self, connection: RecordedClient | RecordedServer, events: dict[str, asyncio.Event], *, has_pings: bool
+    ) -> None:
         self.connection = connection
         self.events = events
+        self._has_pings = has_pings
         self.messages: list[str] = []
         self.errors: list[str] = []
         self.notes: dict[str, Any] = {}  # what a script has to say beside
+        self.held_pings = 0
 
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         """Send a message; an iterable is sent in fragments."""
@@ -195,12 +114,36 @@ class End:
         """Send a Ping and wait for its Pong."""
         await (await self.connection.ping(payload))
 
+    async def pause(self) -> None:
+        """Be silent until a Ping of the proxy's own has come and is answered; straight on where it sends none."""
+        if self._has_pings:
+            before = len(self._pings())
+            await eventually(lambda: len(self._pings()) > before, "a Ping of the proxy's own")
+
+    def _pings(self) -> list[str]:
+        return [frame for frame in self.connection.received.frames if frame.startswith("ping ")]
+
+    async def hold(self) -> None:
+        """Leave a Ping of the proxy's own unread, and so unanswered, until `release`."""
+        self.connection.transport.pause_reading()
+        if self._has_pings:
+            with self.connection.transport.get_extra_info("socket").dup() as link:
+                await eventually(lambda: _waits(link), "an unread Ping of the proxy's own")
+            self.held_pings += 1
+
+    def release(self) -> None:
+        """Read again."""
+        self.connection.transport.resume_reading()
+
     def write(self, data: bytes) -> None:
         """Send bytes that the library would not send."""
         self.connection.transport.write(data)
 
     def cut(self, how: str) -> None:
-        """End the TCP connection without a Close frame: by "fin", or by "reset"."""
+        """End the TCP connection without a Close frame: by "fin", "reset", or "close_notify" where there is TLS."""
+        if how == "close_notify":
+            self.connection.transport.close()
+            return
         if how == "reset":
             link = self.connection.transport.get_extra_info("socket")
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -240,6 +183,14 @@ class End:
         }
 
 
+def _waits(link: socket.socket) -> bool:
+    """Say whether a Ping has come that was not read."""
+    try:
+        return link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"\x89"
+    except BlockingIOError:
+        return False
+
+
 def _tell(close: Close | None) -> tuple[int, str] | None:
     return None if close is None else (int(close.code), close.reason)
 
@@ -265,8 +216,8 @@ class Case:
     `client_tail` and `server_tail` are bytes that go out in one piece with the head of the handshake.
     """
 
-    client: Callable[[End], Awaitable[None]] = do_nothing
-    server: Callable[[End], Awaitable[None]] = echo
+    client: Script = do_nothing
+    server: Script = echo
     path: str = "/"
     client_options: Mapping[str, Any] = field(default_factory=dict)
     server_options: Mapping[str, Any] = field(default_factory=dict)
@@ -291,7 +242,7 @@ class Conversation:
     def __init__(self, case: Case, listening: socket.socket, door: Door) -> None:
         self._case = case
         self._door = door
-        self._url = "ws://{}:{}".format(*listening.getsockname()[:2])
+        self._listening = listening
         self._events: dict[str, dict[str, asyncio.Event]] = defaultdict(lambda: defaultdict(asyncio.Event))
         self._served: dict[str, asyncio.Future[End]] = defaultdict(asyncio.get_running_loop().create_future)
         self._made: list[RecordedServer] = []
@@ -312,7 +263,7 @@ class Conversation:
         assert isinstance(connection, RecordedServer)
         assert connection.request is not None
         key = connection.request.headers["Sec-WebSocket-Key"]
-        end = End(connection, self._events[key])
+        end = End(connection, self._events[key], has_pings=self._door.has_pings)
         try:
             await self._case.server(end)
         except Exception as error:  # noqa: BLE001 -- whatever it is, it belongs to the verdict
@@ -334,17 +285,14 @@ class Conversation:
                 super().connection_made(transport)
 
         options = {**BOTH, "create_connection": Client, **case.client_options}
-        host, port = self._door
         try:
-            opened = await connect(
-                self._url + path, host=host, port=port, proxy=None, open_timeout=DEADLINE_S, **options
-            )
+            opened = await self._door.connect(self._listening, path, options)
         except (WebSocketException, OSError) as error:
             return self._refused(error, made[-1])
         assert isinstance(opened, RecordedClient)
         assert opened.request is not None
         key = opened.request.headers["Sec-WebSocket-Key"]
-        client = End(opened, self._events[key])
+        client = End(opened, self._events[key], has_pings=self._door.has_pings)
         try:
             await case.client(client)
         except Exception as error:  # noqa: BLE001 -- as above
@@ -357,6 +305,9 @@ class Conversation:
     def _verdict(self, client: End, server: End) -> Verdict:
         ends = client.connection, server.connection
         return {
+            **(set_own_pings_aside(*ends) if self._door.has_pings else {}),
+            "client: held: added": client.held_pings,
+            "server: held: added": server.held_pings,
             **_compare_heads("request", ends[0].sent, ends[1].received),
             **_compare_heads("response", ends[1].sent, ends[0].received),
             "upwards, byte for byte": ends[0].sent.fact == ends[1].received.fact,
@@ -411,6 +362,13 @@ async def observe(case: Case, listening: socket.socket, door: Door) -> Verdict:
         conversation = Conversation(case, listening, door)
         async with conversation.serving:
             return await conversation.open(case.path)
+
+
+async def observe_all(case: Case, listening: socket.socket, door: Door, paths: Iterable[str]) -> dict[str, Verdict]:
+    """Let a client for each path play the case, all at once; return their verdicts by path; fail after 120 s."""
+    conversation, paths = Conversation(case, listening, door), list(paths)
+    async with asyncio.timeout(DEADLINE_S), conversation.serving:
+        return dict(zip(paths, await asyncio.gather(*map(conversation.open, paths)), strict=True))
 
 
 def differences(direct: Verdict, proxied: Verdict) -> dict[str, tuple[Any, Any]]:

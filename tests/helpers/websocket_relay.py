@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from websockets.utils import apply_mask
+
+from tests.helpers.websocket_cases import frame
+
+if TYPE_CHECKING:
+    from tests.helpers.websocket_matrix import Door
+
 
 @dataclass(frozen=True)
 class OneFrame:
@@ -15,6 +28,11 @@ class OneFrame:
     @property
     def opcode(self) -> int:
         return self.start[0] & 0x0F
+
+    @property
+    def plain(self) -> bytes:
+        """The payload without its mask."""
+        return apply_mask(self.payload, self.mask) if self.mask else self.payload
 
     def write(self) -> bytes:
         return self.start + self.mask + self.payload
@@ -38,10 +56,9 @@ class FaultyRelay:
     upstream: Door
     on_head: Callable[[bytes], bytes]
     on_frame: Fault
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_app, to_app = await asyncio.open_connection(*self.upstream)
+        from_app, to_app = await asyncio.open_connection(self.upstream.host, self.upstream.port)
         await asyncio.gather(
             self.relay(reader, to_app, is_upwards=True), self.relay(from_app, writer, is_upwards=False)
         )
@@ -56,6 +73,32 @@ class FaultyRelay:
                 writer.write(self.on_frame(await read_frame(reader, is_upwards=is_upwards)))
         except asyncio.IncompleteReadError:
             writer.write_eof()
+
+
+class PingingRelay(FaultyRelay):
+    """A relay that sends the client a Ping of its own after each text; by default it takes the Pongs out."""
+
+    def __init__(
+        self,
+        upstream: Door,
+        *,
+        passes_its_pongs: bool = False,
+        loses_all_pongs: bool = False,
+        payload: bytes = b"by relay",
+        opcode: int = 9,
+    ) -> None:
+        super().__init__(upstream, same_head, self._on_frame)
+        self._passes_its_pongs = passes_its_pongs
+        self._loses_all_pongs = loses_all_pongs
+        self._payload = payload
+        self._opcode = opcode
+
+    def _on_frame(self, one: OneFrame) -> bytes:
+        if one.opcode == 10 and (self._loses_all_pongs or (self._payload == one.plain and not self._passes_its_pongs)):
+            return b""
+        if one.opcode == 1 and not one.is_upwards:
+            return one.write() + frame(self._opcode, self._payload, is_masked=False)
+        return one.write()
 
 
 def without(opcode: int) -> Fault:
@@ -78,8 +121,7 @@ def alter_one_bit(one: OneFrame) -> bytes:
 def mask_anew(one: OneFrame) -> bytes:
     if not one.is_upwards:
         return one.write()
-    plain = bytes(octet ^ one.mask[at & 3] for at, octet in enumerate(one.payload))
-    return frame(one.opcode, plain, first=one.start[0] & 0xF0, is_masked=True)
+    return frame(one.opcode, one.plain, first=one.start[0] & 0xF0, is_masked=True)
 
 
 def drop_empty_fragments(one: OneFrame) -> bytes:

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pprint import pformat
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.helpers.certificates import Authority
+from tests.helpers.processes import Children, StickyProxy, free_port
+from tests.helpers.websocket_cases import MIB, content, far_from
+from tests.helpers.websocket_matrix import DEADLINE_S, Case, Conversation, Door, End, differences, observe, observe_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from tests.helpers.websocket_matrix import Verdict
+
+LARGE: Final = 64 * MIB
+# The proxy looks four times a second for sides that were silent since its last look: each gets a Ping.
+PINGS: Final[Mapping[str, Any]] = {"websocket": {"ping": {"interval": "1ms", "timeout": "off"}}}
+
+
+def check_same(different: Mapping[str, Any]) -> None:
+    """Fail with what is different: name, then what was seen directly and through the proxy."""
+    assert not different, f"not as without the proxy:\n{pformat(different, width=120)}"
+
 
 @dataclass
 class Site:
@@ -9,23 +37,20 @@ class Site:
 
     listening: socket.socket
     proxy: StickyProxy
-
-    def __post_init__(self) -> None:
-        self.first_memory_kib = self.peak_memory_kib()
+    proxied: Door
 
     @property
     def direct(self) -> Door:
-        host, port = self.listening.getsockname()
-        return host, port
+        return Door(*self.listening.getsockname())
 
-    @property
-    def proxied(self) -> Door:
-        return "127.0.0.1", int(self.proxy.url.rpartition(":")[2])
-
-    def peak_memory_kib(self) -> int:
-        """Return the most memory that the proxy has had so far (VmHWM)."""
+    def memory_kib(self, name: str) -> int:
+        """Return the memory of the proxy: what it has now (VmRSS), or the most that it has had so far (VmHWM)."""
         status = Path(f"/proc/{self.proxy.child.pid}/status").read_text()
-        return int(re.findall(r"VmHWM:\s+([0-9]+) kB", status)[0])
+        return int(re.findall(rf"{name}:\s+([0-9]+) kB", status)[0])
+
+    def forget_peak_memory(self) -> None:
+        """Let VmHWM start again from what the proxy has now (man 5 proc: clear_refs)."""
+        Path(f"/proc/{self.proxy.child.pid}/clear_refs").write_text("5")
 
     async def compare(self, case: Case) -> tuple[Verdict, dict[str, tuple[Any, Any]]]:
         """Play a case both ways; return the direct verdict, and what is different through the proxy."""
@@ -36,22 +61,40 @@ class Site:
     async def same(self, case: Case) -> Verdict:
         """Play a case both ways and return its verdict, which must be the same."""
         verdict, different = await self.compare(case)
-        assert different == {}
+        check_same(different)
         return verdict
 
+    async def same_for_all(self, case: Case, paths: Iterable[str]) -> tuple[dict[str, Verdict], dict[str, Verdict]]:
+        """Play a case for several clients at once, both ways; return their verdicts, which must be the same."""
+        paths = list(paths)
+        direct = await observe_all(case, self.listening, self.direct, paths)
+        proxied = await observe_all(case, self.listening, self.proxied, paths)
+        different = {path: differences(direct[path], proxied[path]) for path in paths}
+        check_same({path: each for path, each in different.items() if each})
+        return direct, proxied
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+
+@contextmanager
+def open_site(folder: Path, *, has_tls: bool = False, has_pings: bool = False) -> Iterator[Site]:
+    """Start a proxy that keeps its files in a folder: with TLS on its listener, or with Pings of its own."""
     # The socket listens all the time, and each case serves it for a while. Probes would be clients of the case.
     # The protocol is named because asyncio sets TCP_NODELAY only where it is.
     with (
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening,
-        Children(tmp_path_factory.mktemp("matrix")) as children,
+        Children(folder) as children,
     ):
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         upstream = "http://{}:{}".format(*listening.getsockname())
-        yield Site(listening, StickyProxy(children, {"app": upstream}, more={"health": {"probe": False}}))
+        more: dict[str, Any] = {"health": {"probe": False}, **(PINGS if has_pings else {})}
+        port, context = free_port(), None
+        listener: dict[str, Any] = {"address": f"127.0.0.1:{port}"}
+        if has_tls:
+            authority = Authority(folder)
+            context = authority.client_context()
+            listener["tls"] = {"certificates": [authority.issue("127.0.0.1").section]}
+        proxy = StickyProxy(children, {"app": upstream}, more={**more, "listeners": [listener]})
+        yield Site(listening, proxy, Door("127.0.0.1", port, context, has_pings))
 
 
 class Blocked:
@@ -61,8 +104,7 @@ class Blocked:
         self.sent = 0
         self.may_read = asyncio.Event()
         self._door = door
-        self._url = "ws://{}:{}/other".format(*site.direct)
-        self._side = side
+        self._listening = site.listening
         self._block = content(MIB)
         scripts = {side: self.give, far_from(side): self.take}
         self._conversation = Conversation(Case(scripts["client"], scripts["server"]), site.listening, door)
@@ -94,7 +136,7 @@ class Blocked:
         before = -1
         while before != self.sent or not before:
             before = self.sent
-            async with connect(self._url, host=self._door[0], port=self._door[1], proxy=None) as other:
+            async with self._door.connect(self._listening, "/other", {}) as other:
                 for _ in range(50):
                     await other.send("still there?")
                     await other.recv()
@@ -106,3 +148,20 @@ class Blocked:
             assert 0 < await self.stand_still() < LARGE // MIB
             self.may_read.set()
         return slow.result()
+
+
+async def play_blocked(site: Site, side: str) -> Verdict:
+    """Let `side` send to an end that does not read for a while, both ways; the verdict must be the same.
+
+    The sender stands still, others are served meanwhile, and in the end all of it arrives.
+    """
+    direct = await Blocked(site, side, site.direct).play()
+    site.forget_peak_memory()
+    before_kib = site.memory_kib("VmRSS")
+    proxied = await Blocked(site, side, site.proxied).play()
+    grown_kib = site.memory_kib("VmHWM") - before_kib
+    assert grown_kib < LARGE // 8 // 1024, grown_kib
+    check_same(differences(direct, proxied))
+    assert len(direct[f"{far_from(side)}: messages"]) == LARGE // MIB
+    assert direct["client: close code"] == 1000
+    return proxied

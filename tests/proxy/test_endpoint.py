@@ -30,5 +30,5 @@ def test_two_are_the_same_only_if_they_are_reached_in_the_same_way() -> None:
     endpoint = Endpoint(Address("app.example", 443), "192.0.2.1", tls, "other.example")
     assert replace(endpoint) == endpoint
     for change in ({"address": Address("app.example", 444)}, {"ip": "192.0.2.2"}, {"tls": None}, {"server_name": ""}):
-        assert replace(endpoint, **change) != endpoint  # type: ignore[arg-type]
+        assert replace(endpoint, **change) != endpoint
     assert replace(endpoint, tls=ssl.create_default_context()) != endpoint, "a renewed context is another one"

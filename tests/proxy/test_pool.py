@@ -258,8 +258,11 @@ class Apps:
         leaf = self._authority.issue(*names)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(leaf.certificate, leaf.key)
-        context.sni_callback = lambda _, name, __: self.names.append(name)
+        context.sni_callback = self._note
         return await RawUpstream(upstream_id).start(tls=context)
+
+    def _note(self, _: ssl.SSLObject | ssl.SSLSocket, name: str | None, __: ssl.SSLContext) -> None:
+        self.names.append(name)
 
 
 def over_tls(proxy: PlaneUnderTest, tls: UpstreamTls, name: str = "") -> None:
@@ -275,9 +278,10 @@ async def test_an_upstream_over_tls_is_verified_and_its_connections_are_used_aga
     proxy = await start([await apps.start("app-1", "app.example")])
     over_tls(proxy, UpstreamTls(ca=authority.file), "app.example")
     client = await proxy.client()
+    link = None
     for number in range(3):
         client.send(request("POST /", body=b"x" * 300_000))
-        link = await proxy.upstream.accept() if not number else link
+        link = link or await proxy.upstream.accept()
         assert (await link.read_request()).body == b"x" * 300_000
         link.answer(bytes([number]) * 300_000)
         assert (await client.read_response()).body == bytes([number]) * 300_000
@@ -285,6 +289,7 @@ async def test_an_upstream_over_tls_is_verified_and_its_connections_are_used_aga
     assert len(proxy.upstream.links) == 1
     (idle,) = proxy.pool().idle
     idle.close()
+    assert link is not None
     await link.read_rest()
     assert link.has_eof, "with close_notify"
 
@@ -339,17 +344,17 @@ async def test_an_upstream_that_is_not_who_it_should_be_gets_no_request(
     app.close()
     await eventually(lambda: not proxy.pool().idle)
     await good.stop()
-    stranger = {
-        "name": lambda: apps.start("app-1", "other.example"),
-        "authority": lambda: Apps(Authority(tmp_path)).start("app-1", "app.example"),
-        "plain": lambda: RawUpstream("app-1").start(),
-    }[wrong]
-    bad, other = await stranger(), await apps.start("app-2", "app.example")
+    if wrong == "plain":
+        bad = await RawUpstream("app-1").start()
+        bad.on_accept = lambda link: link.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    elif wrong == "name":
+        bad = await apps.start("app-1", "other.example")
+    else:
+        bad = await Apps(Authority(tmp_path)).start("app-1", "app.example")
+    other = await apps.start("app-2", "app.example")
     proxy.upstreams = (bad, other)
     proxy.all_upstreams += (bad, other)
     proxy.admin["app-2"], proxy.observed["app-2"] = AdminState.READY, proxy.observed["app-1"]
-    if wrong == "plain":
-        bad.on_accept = lambda link: link.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     proxy.publish()
     pinned.send(request("GET /", f"Cookie: {cookie}"))
     response = await pinned.read_response()

@@ -208,38 +208,36 @@ async def test_a_body_until_the_end_of_the_connection_ends_with_close_notify_or_
     assert (await proxy.recorded()).error == ("" if is_whole else "the upstream broke off its response")
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
 async def test_an_upstream_that_closes_behind_its_response_loses_nothing_of_it_for_a_slow_client(
-    start: Start, tmp_path: Path
+    start: Start, tmp_path: Path, *, is_chunked: bool
 ) -> None:
     proxy = await encrypted(start, tmp_path)
-    for framing in ("Content-Length: %d", "Connection: close"):
-        client, app = await proxy.open(request("GET /", "Connection: close"))
-        await app.read_request()
-        client.stop_reading()
-        body = bytes(range(256)) * 80_000
-        app.send(f"HTTP/1.1 200 OK\r\n{framing.replace('%d', str(len(body)))}\r\n\r\n".encode())
-        (downstream,) = proxy.plane.downstreams
-        sent = 0
-        while not downstream.is_blocked:
-            app.send(body[sent : sent + 16384])
-            sent += 16384
-            await app.flush()
-        assert sent < len(body)
-        # What is left fits into the buffers, but not all into what the client is ready to take.
-        rest = body[sent : sent + 10_000]
-        app.send(rest)
-        app.close()  # says close_notify, and many programs do not wait for an answer to it
-        await eventually(lambda app=app: count_unsent(app.transport) == 0)  # type: ignore[misc]
-        if not app.is_lost:
-            app.half_close_at_once()
-        until = proxy.plane.loop.time() + 0.3
-        await eventually(lambda until=until: proxy.plane.loop.time() > until)  # type: ignore[misc]
-        client.read_again()
-        await client.read_message()
-        data = await client.read_rest()
-        if framing == "Connection: close":
-            data = b"".join(unchunked(data))
-        assert data == body[: sent + len(rest)]
+    client, app = await proxy.open(request("GET /", "Connection: close"))
+    await app.read_request()
+    client.stop_reading()
+    loop, piece = proxy.plane.loop, bytes(range(256)) * 40
+    framed = b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece
+    app.send(b"HTTP/1.1 200 OK\r\n%b\r\n" % (b"Transfer-Encoding: chunked\r\n" if is_chunked else b""))
+    (downstream,) = proxy.plane.downstreams
+    count, quiet_since = 0, loop.time()
+    while loop.time() < quiet_since + 0.3:  # until the client's kernel takes nothing more
+        if downstream.is_blocked:
+            await asyncio.sleep(0.01)
+            continue
+        app.send(framed)
+        count += 1
+        await eventually(lambda: count_unsent(app.transport) == 0)
+        quiet_since = loop.time()
+    app.send(framed + (b"0\r\n\r\n" if is_chunked else b""))  # fits into the buffers, but the client takes nothing
+    app.close()  # says close_notify, and many programs do not wait for an answer to it
+    await eventually(lambda: count_unsent(app.transport) == 0)
+    if not app.is_lost:
+        app.half_close_at_once()
+    await eventually(lambda: loop.time() > quiet_since + 0.8)
+    client.read_again()
+    await client.read_message()
+    assert b"".join(unchunked(await client.read_rest())) == piece * (count + 1)
 
 
 def unchunked(data: bytes) -> Iterator[bytes]:
