@@ -22,12 +22,12 @@ class AddressCounts:
         self._limit = limit
         self._counts: dict[str, int] = {}
 
-    def admit(self, origin: ConnectionOrigin) -> bool:
-        """Count a connection; say whether it is within the limit. Either way it must be released."""
+    def admit(self, origin: ConnectionOrigin, *, times: int = 1) -> bool:
+        """Count a connection; say whether it is within so many times the limit. Either way it must be released."""
         if self._limit == OFF or not _is_counted(origin):
             return True
         count = self._counts[origin.address] = self._counts.get(origin.address, 0) + 1
-        return count <= self._limit
+        return count <= self._limit * times
 
     def release(self, origin: ConnectionOrigin) -> None:
         """Count a connection no more."""

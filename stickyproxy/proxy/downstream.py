@@ -23,7 +23,7 @@ from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
-from stickyproxy.proxy.socket_state import count_unsent
+from stickyproxy.proxy.socket_state import count_taken
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.request_head import RequestHeadReader, find_head_error
 
@@ -54,7 +54,7 @@ class Downstream(asyncio.Protocol):
         "_is_next_due",
         "_listener",
         "_pieces",
-        "_unsent_bytes",
+        "_taken",
         "deadline",
         "exchange",
         "forwarded",
@@ -77,7 +77,7 @@ class Downstream(asyncio.Protocol):
         self._held: bytearray | None = None
         self._pieces = 0
         self._eof = False
-        self._unsent_bytes = 0
+        self._taken = 0
         self._is_kept = False
         self.is_paused = False
         self.is_blocked = False
@@ -275,7 +275,7 @@ class Downstream(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.on_timeout()
         elif self._is_lingering or self.transport.is_closing():
-            if count_unsent(self.transport) < self._unsent_bytes:
+            if count_taken(self.transport) > self._taken:
                 self._await_end()  # slow, but the client takes it
             else:
                 self.transport.abort()
@@ -291,14 +291,14 @@ class Downstream(asyncio.Protocol):
 
     def _await_end(self) -> None:
         timeouts = self.plane.settings.timeouts
-        self._unsent_bytes = count_unsent(self.transport)
+        self._taken = count_taken(self.transport)
         is_sent = self._is_lingering or not self.transport.get_write_buffer_size()
         self.deadline = self.plane.now + (timeouts.linger_s if is_sent else timeouts.send_s)
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""
-        if self.exchange is None:
-            self.transport.close()
+        if self.exchange is None and not self._is_lingering:
+            self._close()
 
     @override
     def eof_received(self) -> bool:
@@ -306,6 +306,8 @@ class Downstream(asyncio.Protocol):
         exchange = self.exchange
         if self.is_tls and exchange is not None:  # uvloop ends a TLS connection with its first half
             exchange.on_client_lost()
+            self.exchange = None
+            self._await_end()
             return False
         if exchange is None:
             if self._is_request_due:

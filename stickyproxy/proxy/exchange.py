@@ -27,7 +27,7 @@ from stickyproxy.observe.record import Record
 from stickyproxy.proxy.placement import Placement
 from stickyproxy.proxy.relay import Relay
 from stickyproxy.proxy.respond import write_error
-from stickyproxy.proxy.socket_state import count_unsent
+from stickyproxy.proxy.socket_state import count_taken
 from stickyproxy.proxy.tunnel import Tunnel
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.body import BodyError
@@ -81,7 +81,7 @@ class Exchange:
         "_sent_at",
         "_started_at",
         "_status",
-        "_unsent_bytes",
+        "_taken",
         "_wait_until",
         "downstream",
         "head",
@@ -111,7 +111,7 @@ class Exchange:
         self._is_over = False
         self._wait_until = 0.0
         self._idle_s = math.inf  # between two reads of the response's body
-        self._unsent_bytes = 0  # what the slower side had not taken when it was last looked at
+        self._taken = 0  # what the slower side had taken when it was last looked at
 
     # The path
 
@@ -441,7 +441,8 @@ class Exchange:
         if error.errno in {errno.EMFILE, errno.ENFILE}:
             self.fail(UpstreamUnavailable("the proxy has no descriptor left", proxy_status="proxy_internal_error"))
         else:
-            self._on_unreachable(pool, "tls" if isinstance(error, ssl.SSLError) else "error")
+            is_alive = isinstance(error, ConnectionError) and pool.endpoint.tls is not None  # it accepted, at least
+            self._on_unreachable(pool, "tls" if is_alive or isinstance(error, ssl.SSLError) else "error")
 
     def _on_unreachable(self, pool: Pool, outcome: str) -> None:
         pool.counters.attempts[outcome] += 1
@@ -542,8 +543,8 @@ class Exchange:
 
     def _is_taken(self, side: Downstream | UpstreamConnection | None) -> bool:
         """Say whether a side has taken something since it was last looked at: slow, but it goes on."""
-        before, self._unsent_bytes = self._unsent_bytes, 0 if side is None else count_unsent(side.transport)
-        if self._unsent_bytes < before:
+        before, self._taken = self._taken, 0 if side is None else count_taken(side.transport)
+        if self._taken > before:
             self._rearm()
             return True
         return False
@@ -569,14 +570,14 @@ class Exchange:
         """Take no more of the request while its upstream takes none."""
         self.downstream.pause_reading()
         if self._connection is not None:
-            self._unsent_bytes = count_unsent(self._connection.transport)
+            self._taken = count_taken(self._connection.transport)
 
     def pause_response(self) -> None:
         """Read no more of the response while the client takes none."""
         if self._connection is not None:
             self._connection.transport.pause_reading()
             if not self.is_reading_request:
-                self._unsent_bytes = count_unsent(self.downstream.transport)
+                self._taken = count_taken(self.downstream.transport)
                 self._rearm()
 
     def resume_response(self) -> None:

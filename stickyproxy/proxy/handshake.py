@@ -21,10 +21,12 @@ from stickyproxy.wire.proxy_protocol import V2_MAX_BYTES, ProxyHeaderError, pars
 if TYPE_CHECKING:
     from stickyproxy.proxy.listener import Listener
     from stickyproxy.proxy.plane import Plane
+    from stickyproxy.wire.forwarded import ConnectionOrigin
     from stickyproxy.wire.proxy_protocol import ProxyHeader
 
 logger = logging.getLogger(__name__)
 
+_FLOOD: Final = 2  # times the connections that an address may have
 # The proxy ends a TLS connection itself, by its own deadlines; uvloop's would cut a slow client in the middle.
 _SHUTDOWN_S: Final = 3600.0
 
@@ -39,6 +41,7 @@ class Handshake(asyncio.Protocol):
         self._header: ProxyHeader | None = None
         self._is_securing = False
         self._is_layered = False  # what comes now comes out of the TLS layer
+        self._origin: ConnectionOrigin | None = None  # counted until somebody else does
         self.deadline = plane.now + plane.settings.timeouts.tls_handshake_s
         self.transport: asyncio.Transport
 
@@ -83,6 +86,11 @@ class Handshake(asyncio.Protocol):
         """Go on with TLS, or with the first request where there is none."""
         plane, tls = self._plane, self._listener.role.tls
         if tls is not None:
+            # A client with too many connections is answered with 503; one that goes on is spared the handshake.
+            self._origin = self._listener.forwarded_writer(self.transport, self._header).origin
+            if not plane.addresses.admit(self._origin, times=_FLOOD):
+                self.transport.abort()
+                return
             self._is_securing = True
             spawn(self._secure(tls), "TLS handshake")
             # The task's first step stops reading and queues two callbacks, which make the TLS layer and read again;
@@ -140,6 +148,8 @@ class Handshake(asyncio.Protocol):
         downstream = Downstream(self._plane, self._listener, self._header)
         transport.set_protocol(downstream)
         self._plane.handshakes.discard(self)
+        if self._origin is not None:
+            self._plane.addresses.release(self._origin)
         downstream.connection_made(transport)
         if self._held:
             downstream.data_received(bytes(self._held))
@@ -147,7 +157,7 @@ class Handshake(asyncio.Protocol):
     def _end(self) -> None:
         if self in self._plane.handshakes:  # a failed handshake ends twice: for the task, and for the connection
             self._plane.handshakes.discard(self)
-            self._plane.on_closed()
+            self._plane.on_closed(self._origin)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

@@ -7,10 +7,11 @@ import os
 import select
 import socket
 import stat
+import sys
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy.downstream import Downstream
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 4096  # a thousand clients that reconnect at once must not be refused
 _MAX_WRITERS: Final = 4096
+# Since Python 3.13 the end of a server removes its socket: a pause would.
+_UNIX_OPTIONS: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _UNKNOWN: Final = "unknown"  # RFC 7239, section 6.2
 
 
@@ -104,7 +107,7 @@ class Listener:
         self.role = role or Role()
         self._server: asyncio.Server | None = None
         self._is_closed = False
-        self._writers: dict[tuple[str, str, bool], ForwardedWriter] = {}
+        self._writers: dict[tuple[str, str, bool, bool], ForwardedWriter] = {}
 
     async def start(self) -> None:
         """Begin to accept, or go on after a pause."""
@@ -114,12 +117,7 @@ class Listener:
         # The server gets a descriptor of its own: it closes it, and the socket with its queue stays for the next one.
         link = self._link.dup()
         if self.address.path:
-            self._server = await loop.create_unix_server(  # type: ignore[call-arg]  # uvloop's own
-                self._accept,
-                sock=link,
-                backlog=_BACKLOG,
-                cleanup_socket=False,  # or a pause would remove it (since Python 3.13)
-            )
+            self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG, **_UNIX_OPTIONS)
         else:
             self._server = await loop.create_server(self._accept, sock=link, backlog=_BACKLOG)
         if not self._plane.gate.is_open:  # meanwhile
@@ -156,13 +154,14 @@ class Listener:
     def forwarded_writer(self, transport: asyncio.BaseTransport, header: ProxyHeader | None = None) -> ForwardedWriter:
         """Return what writes the fields about the client of a connection; shared by all from one address.
 
-        Where a trusted proxy has named the client in a PROXY protocol header, that is the client.
+        Where a trusted proxy has named the client in a PROXY protocol header, that is the client. Where it has named
+        none, the client is unknown, and not believed as the proxy would be.
         """
         is_https = self.role.tls is not None or (header is not None and header.is_tls)
         if header is not None and header.source is not None:
-            key = (header.source, str(header.destination_port), is_https)
+            key = (header.source, str(header.destination_port), is_https, True)
         else:
-            key = (self.peer_address(transport), self.port, is_https)
+            key = (self.peer_address(transport), self.port, is_https, header is None)
         writer = self._writers.get(key)
         if writer is None:
             if len(self._writers) >= _MAX_WRITERS:
@@ -176,9 +175,9 @@ class Listener:
         # A client that has reset the connection before it was accepted has no address any more.
         return peer[0] if isinstance(peer, tuple) else "unix" if self.address.path else _UNKNOWN
 
-    def _make_writer(self, address: str, port: str, is_https: bool) -> ForwardedWriter:  # noqa: FBT001 -- a key's parts
+    def _make_writer(self, address: str, port: str, is_https: bool, is_known: bool) -> ForwardedWriter:  # noqa: FBT001
         settings = self._plane.settings
-        origin = ConnectionOrigin(canonical(address), port, is_https, self.is_trusted(address))
+        origin = ConnectionOrigin(canonical(address), port, is_https, is_known and self.is_trusted(address))
         return ForwardedWriter(origin, forwarded=settings.forwarded, prefix=settings.prefix)
 
     def is_trusted(self, address: str) -> bool:

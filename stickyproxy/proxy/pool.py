@@ -113,7 +113,8 @@ class Pool:
                     server_hostname=endpoint.server_name or address.host,
                     ssl_shutdown_timeout=_SHUTDOWN_S,
                 )
-                transport.set_read_buffer_limits(plane.settings.buffer_bytes)  # type: ignore[attr-defined]  # of uvloop
+                # While nothing is read of it, the layer must not read on: at an end of file it drops what it holds.
+                transport.set_read_buffer_limits(1)  # type: ignore[attr-defined]  # of uvloop
         return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:

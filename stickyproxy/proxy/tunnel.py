@@ -229,6 +229,9 @@ class Tunnel:
         """Close the side that is left; a client is told why."""
         if self._is_over:
             return
+        if side is self.upstream and side.is_eof and self._timer is not None:  # over TLS its loss follows its end
+            self.client.other = _DISCARD
+            return
         self._blame(side, "reset" if error is not None else "eof")
         other = self.opposite(side)
         other.other = _DISCARD

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import ssl
 import struct
+import termios
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, cast
@@ -30,6 +32,17 @@ async def eventually(is_so: Callable[[], object], what: str = "", *, look_s: flo
         if loop.time() > until:
             raise AssertionError(f"never came true: {what or is_so}")
         await asyncio.sleep(look_s)
+
+
+def count_queued(transport: asyncio.WriteTransport) -> int:
+    """Return the bytes that the kernel holds for the other end of a connection."""
+    link = transport.get_extra_info("socket")
+    return 0 if link is None else int(struct.unpack("i", fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def count_unsent(transport: asyncio.WriteTransport) -> int:
+    """Return the bytes that the other end of a connection has not taken, in this process and in the kernel."""
+    return transport.get_write_buffer_size() + count_queued(transport)
 
 
 def request(line: str = "GET /", *fields: str, body: bytes | None = None, version: str = "1.1") -> bytes:

@@ -4,28 +4,58 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stickyproxy.proxy.socket_state import count_unsent, is_reset
+import pytest
+
+from stickyproxy.config import Address
+from stickyproxy.proxy.socket_state import count_taken, is_reset
+from tests.helpers.plane import LOOPBACK
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 from tests.helpers.tunnels import connect, frame
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.helpers.plane import Start
 
 
-async def test_what_waits_in_the_kernel_is_counted(start: Start) -> None:
-    proxy = await start()
+@pytest.mark.parametrize("is_unix", [False, True], ids=["TCP", "Unix"])
+async def test_what_is_taken_counts_although_nothing_moves_in_the_process(
+    start: Start, tmp_path: Path, *, is_unix: bool
+) -> None:
+    proxy = await start(listen=Address(path=str(tmp_path / "proxy.sock")) if is_unix else LOOPBACK)
     client, app = await proxy.open(GET)
     client.stop_reading()
     await app.read_request()
     (downstream,) = proxy.plane.downstreams
-    assert count_unsent(downstream.transport) == 0
+    before = count_taken(downstream.transport)
     app.answer(b"x" * 20_000_000)
     await eventually(lambda: downstream.is_blocked)
-    blocked = count_unsent(downstream.transport)
-    assert blocked > downstream.transport.get_write_buffer_size() > 0
+    blocked = count_taken(downstream.transport)
+    if not is_unix:
+        assert blocked > before
     client.read_again()
+    await eventually(lambda: count_taken(downstream.transport) > blocked)
     await client.read_response()
-    await eventually(lambda: count_unsent(downstream.transport) == 0)
+
+
+async def test_where_nothing_is_taken_nothing_counts(start: Start) -> None:
+    proxy = await start()
+    client, app = await proxy.open(GET)
+    client.stop_reading()
+    await app.read_request()
+    app.answer(b"x" * 20_000_000)
+    (downstream,) = proxy.plane.downstreams
+    await eventually(lambda: downstream.is_blocked)
+    taken, since = count_taken(downstream.transport), proxy.plane.now
+
+    def stands_still() -> bool:
+        nonlocal taken, since
+        if count_taken(downstream.transport) != taken:
+            taken, since = count_taken(downstream.transport), proxy.plane.now
+        return proxy.plane.now > since + 1
+
+    await eventually(stands_still)
+    assert downstream.is_blocked
 
 
 async def test_of_a_connection_that_is_closed_nothing_is_known(start: Start) -> None:
@@ -35,7 +65,7 @@ async def test_of_a_connection_that_is_closed_nothing_is_known(start: Start) -> 
     (downstream,) = proxy.plane.downstreams
     client.close()
     await eventually(lambda: not proxy.plane.downstreams)
-    assert count_unsent(downstream.transport) == 0
+    assert count_taken(downstream.transport) == 0
 
 
 # Connections that were reset while nobody read them

@@ -12,11 +12,10 @@ from stickyproxy.config import UpstreamTls
 from stickyproxy.control.certificates import make_upstream_context
 from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.settings import Settings
-from stickyproxy.proxy.socket_state import count_unsent
 from stickyproxy.wire.head import MAX_PIECES, HeadLimits
 from tests.helpers.certificates import Authority
 from tests.helpers.plane import LOOPBACK
-from tests.helpers.raw import GET, RawUpstream, eventually, request
+from tests.helpers.raw import GET, RawUpstream, count_unsent, eventually, request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
