@@ -402,7 +402,6 @@ async def check_aborted(app: FaultApp, ids: list[str]) -> None:
     assert [app.received["POST", one] for one in ids] == [1] * len(ids)
 
 
-@pytest.mark.xfail(strict=True, reason="what it does not read for now, the proxy does not watch either")
 async def test_when_clients_are_gone_whose_uploads_are_not_taken_nothing_stays_open(
     children: Children, app: FaultApp
 ) -> None:
@@ -414,7 +413,6 @@ async def test_when_clients_are_gone_whose_uploads_are_not_taken_nothing_stays_o
     await check_aborted(app, ids)
 
 
-@pytest.mark.xfail(strict=True, reason="what it does not read for now, the proxy does not watch either")
 async def test_when_a_client_is_gone_whose_tunnel_the_app_does_not_read_nothing_stays_open(
     children: Children, app: FaultApp
 ) -> None:

@@ -597,7 +597,6 @@ async def test_the_lifetimes_of_pins_follow_the_wall_clock(children: Children, l
     assert [received["POST", request_id] for request_id in ids] == [1] * len(ids)
 
 
-@pytest.mark.xfail(strict=True, reason="a token that seems to come from the future is taken for a forged one")
 async def test_after_a_jump_back_a_client_that_was_not_seen_again_keeps_its_pin(children: Children) -> None:
     """Such is every client that came while the clock of the machine was ahead, once it was put right."""
     apps = await asyncio.to_thread(CountingApps, children, "alpha", "beta", "gamma")
