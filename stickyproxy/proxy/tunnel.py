@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Initiator = Literal["client", "upstream", "proxy"]
 _MAX_LINGERS: Final = 15  # times `linger_s`: 30 s by default, as nginx's lingering_time
-_FLUSH_S: Final = 60.0  # for a side to take the last bytes once the tunnel is over (nginx: send_timeout 60 s)
+_FLUSH_S: Final = 60.0  # at most, for a side to take the last bytes once the tunnel is over
 
 
 class _Discard(asyncio.Transport):
@@ -102,25 +102,11 @@ class Side(asyncio.Protocol):
         self.tunnel.opposite(self).transport.resume_reading()
 
 
-class _Ending(asyncio.Protocol):
-    """Stands before a side in the middle of a frame: passes on the rest of it, and then ends what the side sends."""
+class _Watch(asyncio.Protocol):
+    """Stands before a side whose end is near, and sees what comes from it."""
 
     def __init__(self, side: Side) -> None:
         self._side = side
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        side, at = self._side, 0
-        scanner = side.scanner
-        while at < len(data) and not scanner.is_at_boundary:
-            piece = data[at : at + (scanner.left_bytes or 1)]  # byte by byte while the size of the frame is unknown
-            at += len(piece)
-            side.data_received(piece)
-        if scanner.is_at_boundary:
-            side.transport.set_protocol(side)
-            side.tunnel.close_direction(side)
-            if at < len(data):
-                side.data_received(data[at:])
 
     @override
     def eof_received(self) -> bool:
@@ -137,6 +123,37 @@ class _Ending(asyncio.Protocol):
     @override
     def resume_writing(self) -> None:
         self._side.resume_writing()
+
+
+class _Ending(_Watch):
+    """For a side in the middle of a frame: passes on the rest of it, and then ends what the side sends."""
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        side, at = self._side, 0
+        scanner = side.scanner
+        while at < len(data) and not scanner.is_at_boundary:
+            piece = data[at : at + (scanner.left_bytes or 1)]  # byte by byte while the size of the frame is unknown
+            at += len(piece)
+            side.data_received(piece)
+        if scanner.is_at_boundary:
+            side.transport.set_protocol(side)
+            side.tunnel.close_direction(side)
+            if at < len(data):
+                side.data_received(data[at:])
+
+
+class _Farewell(_Watch):
+    """For a client over TLS that was sent a Close frame: with its own, all is said.
+
+    It would wait for the connection to be closed (RFC 6455, section 7.1.1), which over TLS cannot be done by half.
+    """
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        self._side.data_received(data)
+        if self._side.scanner.close_code:
+            self._side.tunnel.end()
 
 
 class Tunnel:
@@ -219,11 +236,11 @@ class Tunnel:
         if side is self.upstream and not self._has_close:
             self._say_close(SERVICE_RESTART, "the application ended")
         if self.client.is_eof and self.upstream.is_eof:
-            self._end()
+            self.end()
             return
         _write_eof(self.opposite(side).transport)
         if side is self.upstream:
-            self._end_when_quiet()
+            self._say_farewell()
 
     def on_lost(self, side: Side, error: Exception | None) -> None:
         """Close the side that is left; a client is told why."""
@@ -239,9 +256,9 @@ class Tunnel:
             self._say_close(BAD_GATEWAY if error is not None else SERVICE_RESTART, "the application broke off")
             _write_eof(other.transport)
             side.is_eof = True
-            self._end_when_quiet()
+            self._say_farewell()
             return
-        self._end()
+        self.end()
 
     def shut(self, code: int = GOING_AWAY, reason: str = "the proxy is going away", cause: str = "stopping") -> None:
         """Close both sides with a Close frame, each at its next frame boundary, and cut them if they do not follow."""
@@ -284,7 +301,7 @@ class Tunnel:
         passed = self.client.received_bytes + self.upstream.received_bytes
         if passed == before:
             self._blame_proxy()
-            self._end()
+            self.end()
         else:
             linger_s = self._plane.settings.timeouts.linger_s
             self._timer = self._plane.loop.call_later(linger_s, self._wait_for_boundary, passed)
@@ -328,7 +345,7 @@ class Tunnel:
         """Cut both sides at once."""
         self._initiator = self._initiator or "proxy"
         self._cause = self._cause or "aborted"
-        self._end(at_once=True)
+        self.end(at_once=True)
 
     @property
     def _has_close(self) -> bool:
@@ -352,6 +369,16 @@ class Tunnel:
             self._said = code
             self.client.other = _DISCARD
 
+    def _say_farewell(self) -> None:
+        """Let the client answer the last Close frame, its application's or the proxy's own."""
+        client = self.client
+        if not client.transport.can_write_eof():
+            if client.scanner.close_code:
+                self.end()
+                return
+            client.transport.set_protocol(_Farewell(client))
+        self._end_when_quiet()
+
     def _end_when_quiet(self, times: int = _MAX_LINGERS) -> None:
         """End once the client has stopped sending, so that no reset overtakes the Close frame on its way to it."""
         before = self.client.received_bytes
@@ -360,25 +387,27 @@ class Tunnel:
             if self.client.received_bytes != before and times > 0:
                 self._end_when_quiet(times - 1)
             else:
-                self._end()
+                self.end()
 
         self._stop_timer()
         self._timer = self._plane.loop.call_later(self._plane.settings.timeouts.linger_s, look)
 
     def _end_within(self, delay_s: float) -> None:
         self._stop_timer()
-        self._timer = self._plane.loop.call_later(delay_s, self._end)
+        self._timer = self._plane.loop.call_later(delay_s, self.end)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _end(self, *, at_once: bool = False) -> None:
+    def end(self, *, at_once: bool = False) -> None:
+        """Close both connections, once all is sent or at once, and count the tunnel."""
         if self._is_over:
             return
         self._is_over = True
         self._stop_timer()
+        flush_s = min(self._plane.settings.timeouts.send_s, _FLUSH_S)
         for side in (self.client, self.upstream):
             if at_once:
                 side.transport.abort()
@@ -386,7 +415,7 @@ class Tunnel:
                 side.transport.close()
                 # A connection over TLS waits for the other end to close too.
                 if side.transport.get_write_buffer_size() or not side.transport.can_write_eof():
-                    self._plane.loop.call_later(_FLUSH_S, side.transport.abort)
+                    self._plane.loop.call_later(flush_s, side.transport.abort)
         self._count()
 
     def _count(self) -> None:

@@ -317,7 +317,7 @@ async def test_a_half_closed_client_of_a_tunnel_still_gets_what_the_app_sends(
 # Gone
 
 
-SHORT = {"upstream_keep_alive": "1s"}  # what is idle is closed soon, so that the rest can be counted
+SHORT = {"upstream_keep_alive": "1s", "send": "2s"}  # what is idle is closed soon, so that the rest can be counted
 
 
 async def settled(proxy: StickyProxy, app: FaultApp) -> int:
