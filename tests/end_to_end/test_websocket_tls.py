@@ -27,7 +27,7 @@ from tests.helpers.websocket_cases import (
     wrong,
 )
 from tests.helpers.websocket_matrix import Case, digest, receive_all
-from tests.helpers.websocket_site import Site, open_site, play_blocked
+from tests.helpers.websocket_site import Site, check_same, differences_of_all, open_site, play_blocked
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -114,7 +114,16 @@ async def test_wrong_frames(site: Site, side: str) -> None:
             await end.receive_all()
 
     case = by(side, send, options={"max_size": MIB})
-    await site.same_for_all(case, [f"/{number}" for number in range(len(names))])
+    different = differences_of_all(*await site.observe_all(case, [f"/{number}" for number in range(len(names))]))
+    for path, each in list(different.items()):
+        if side == "client" and set(each) == {"server: frames received", "upwards, byte for byte"}:
+            # The library did not know of the Close frame that the case has written, and sends another one. By then
+            # both ends have closed, and with them the connection.
+            without, over_tls = each["server: frames received"]
+            assert without[:-1] == over_tls
+            assert [one.partition(" ")[0] for one in without[-2:]] == ["close", "close"]
+            del different[path]
+    check_same(different)
 
 
 @pytest.mark.parametrize("where", WHERE)
