@@ -63,7 +63,11 @@ _LOOK_AGAIN_S: Final = 0.5  # for an upstream that nobody reports as back, since
 
 
 class Exchange:
-    """One request with its response. `is_reading_request` says that its body has not come whole."""
+    """One request with its response. `is_reading_request` says that its body has not come whole.
+
+    `_idle_s` is the timeout between two reads of a response's body, `_taken` what the slower side had taken of what was
+    written to it when it was last looked at; they are there once a body is relayed, or a side has become slow.
+    """
 
     __slots__ = (
         "_attempts",
@@ -110,8 +114,6 @@ class Exchange:
         self._error = ""
         self._is_over = False
         self._wait_until = 0.0
-        self._idle_s = math.inf  # between two reads of the response's body
-        self._taken = 0  # what the slower side had taken when it was last looked at
 
     # The path
 
@@ -120,6 +122,7 @@ class Exchange:
         head = self.head
         if head.length:
             self._request = Relay(head.length, self.plane.settings, is_chunked=head.length == CHUNKED)
+            self._taken = 0
             self._rest = rest
             self.is_reading_request = True
         elif rest:
@@ -174,9 +177,12 @@ class Exchange:
         connection.transport.write(
             write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
         )
-        self._rearm()
         if self._request is None:
+            timeouts = self.plane.settings.timeouts
+            timeout_s = timeouts.websocket_handshake_s if self.head.is_upgrade else timeouts.response_s
+            self.downstream.deadline = self.plane.now + timeout_s
             return
+        self._rearm()
         self.downstream.resume_reading()  # before anything is written, which may pause it again
         rest, self._rest = self._rest, b""
         if rest:
@@ -247,8 +253,8 @@ class Exchange:
             self._finish(is_reusable=False)
         else:
             self._response = Relay(length, self.plane.settings, is_chunked=is_chunked)
-            if not _EVENT_STREAM.match(find_field(head.section, b"content-type")):
-                self._idle_s = self.plane.settings.timeouts.response_idle_s
+            is_event_stream = _EVENT_STREAM.match(find_field(head.section, b"content-type")) is not None
+            self._idle_s = math.inf if is_event_stream else self.plane.settings.timeouts.response_idle_s
             self._relay_response(self._response, rest, out)
 
     def _write_response_head(self, head: ResponseHead, *, is_chunked: bool) -> bytes:
@@ -259,14 +265,15 @@ class Exchange:
             framing += b"Connection: keep-alive\r\n"
         if not head.has_date:
             framing += self.plane.date_line  # RFC 9110, section 6.6.1
-        return write_response_head(head, self._write_cookie(head), framing)
+        if head.has_cookies:
+            self._drop_cookies(head)
+        return write_response_head(head, self._place.write_cookie(head.cache_control), framing)
 
-    def _write_cookie(self, head: ResponseHead) -> bytes:
-        """Return the Set-Cookie line that is due, if any; what the application sets in its place is taken out."""
+    def _drop_cookies(self, head: ResponseHead) -> None:
+        """Take out what the application sets in place of the affinity cookie."""
         writer = self.plane.cookie_writer
-        if head.has_cookies and writer is not None:
+        if writer is not None:
             head.section = writer.drop_foreign(head.section)
-        return self._place.write_cookie(head.cache_control)
 
     def _on_interim(self, connection: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         """Relay an interim response (RFC 9110, section 15.2), or open the tunnel after the 101 that was asked for."""
@@ -292,8 +299,8 @@ class Exchange:
             return
         self._status = head.status
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
-        head.cache_control = None  # nobody keeps a 101
-        downstream.transport.write(write_response_head(head, self._write_cookie(head), upgrade))
+        self._drop_cookies(head)
+        downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
         pool.counters.response.observe(perf_counter() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
         tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record, downstream.forwarded.origin)

@@ -33,18 +33,12 @@ REQUEST_SPECIALS: Final = re.compile(
 )
 HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, VIA, FORWARDED = range(1, 9)
 RESPONSE_SPECIALS: Final = re.compile(
-    rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)|(date)|(set-cookie)"
+    rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)"
     rb"|keep-alive|proxy-(?:connection|authenticat(?:e|ion-info))): "
 )
-(
-    RESPONSE_CONNECTION,
-    RESPONSE_CONTENT_LENGTH,
-    RESPONSE_CACHE_CONTROL,
-    RESPONSE_TRANSFER_ENCODING,
-    RESPONSE_UPGRADE,
-    RESPONSE_DATE,
-    RESPONSE_SET_COOKIE,
-) = range(1, 8)
+(RESPONSE_CONNECTION, RESPONSE_CONTENT_LENGTH, RESPONSE_CACHE_CONTROL, RESPONSE_TRANSFER_ENCODING, RESPONSE_UPGRADE) = (
+    range(1, 6)
+)
 
 Section = list[bytes]
 """A header section in parts, each of whole canonical lines with their CRLF."""

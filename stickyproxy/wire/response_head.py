@@ -14,8 +14,6 @@ from stickyproxy.wire.headers import (
     RESPONSE_CACHE_CONTROL,
     RESPONSE_CONNECTION,
     RESPONSE_CONTENT_LENGTH,
-    RESPONSE_DATE,
-    RESPONSE_SET_COOKIE,
     RESPONSE_SPECIALS,
     RESPONSE_TRANSFER_ENCODING,
     FieldError,
@@ -104,7 +102,7 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
     return head
 
 
-def _read_response_section(  # noqa: C901, PLR0912 -- one branch for each field, in one pass
+def _read_response_section(  # noqa: C901 -- one branch for each field, in one pass
     head: ResponseHead, data: bytes, start: int, end: int
 ) -> Framing | None:
     """Read `data[start:end]`; return the framing fields but Content-Length, None where there are none."""
@@ -112,6 +110,8 @@ def _read_response_section(  # noqa: C901, PLR0912 -- one branch for each field,
     section = head.section
     at = start
     lower = data[:end].lower()
+    head.has_date = lower.find(b"\ndate: ", start - 1) >= 0
+    head.has_cookies = lower.find(b"\nset-cookie: ", start - 1) >= 0
     for match in RESPONSE_SPECIALS.finditer(lower, start - 1, end):
         kind = match.lastindex
         value_at = match.end()
@@ -121,12 +121,6 @@ def _read_response_section(  # noqa: C901, PLR0912 -- one branch for each field,
                 raise FieldError("several Content-Length fields")  # RFC 9112, section 6.3
             head.length = parse_content_length(data[value_at:stop])
             head.has_length = True
-            continue
-        if kind == RESPONSE_DATE:
-            head.has_date = True
-            continue
-        if kind == RESPONSE_SET_COOKIE:
-            head.has_cookies = True
             continue
         if kind == RESPONSE_CACHE_CONTROL:
             head.cache_control = (head.cache_control or b"") + b"," + lower[value_at:stop]

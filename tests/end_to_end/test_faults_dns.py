@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.apps import lacking
 from tests.helpers.faults import Crowd, FaultApps, Load, Visitor
 from tests.helpers.processes import Children, wait_until
 from tests.helpers.serving import Serving
@@ -71,7 +72,7 @@ def names(children: Children) -> Names:
     try:
         ctypes.CDLL(LIBRARY)
     except OSError:
-        pytest.skip("needs Debian's libnss-wrapper")
+        lacking("no libnss_wrapper: install the package libnss-wrapper")
     return Names(children.directory)
 
 
