@@ -128,7 +128,9 @@ class Downstream(asyncio.Protocol):
             self._wait_for_head(start)
             return
         self._held = None
-        self._begin(bytes(held), end)
+        data = bytes(held)
+        del held  # a large head is there once, not twice
+        self._begin(data, end)
 
     def _begin(self, data: bytes, end: int) -> None:
         """Begin the exchange whose head ends at `end`, or wait for more of it."""

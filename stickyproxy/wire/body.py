@@ -97,7 +97,7 @@ class ChunkedReader:
     `max_extensions` bounds the bytes of all chunk extensions together, `max_trailers` those of the trailer section.
     """
 
-    __slots__ = ("_extensions", "_held", "_left", "_max_trailers", "_state", "done", "excess", "trailers")
+    __slots__ = ("_checked", "_extensions", "_held", "_left", "_max_trailers", "_state", "done", "excess", "trailers")
 
     _SIZE, _DATA, _DATA_END, _TRAILERS = range(4)
 
@@ -105,6 +105,7 @@ class ChunkedReader:
         self._state = self._SIZE
         self._left = 0
         self._held = b""
+        self._checked = 0  # bytes of the trailer section that were looked at, from its beginning
         self._extensions = max_extensions
         self._max_trailers = max_trailers
         self.done = False
@@ -178,11 +179,13 @@ class ChunkedReader:
         stop = data.find(b"\r\n\r\n", at)
         # As long as the end has not come whole, up to three bytes of it may have.
         here = stop + 2 if stop >= 0 else len(data)
-        if _BARE_LINE_END.search(data, at, min(here, at + self._max_trailers + 3)):  # do not wait for an end
+        unchecked = at + max(0, self._checked - 1)  # what a CR at the end of it means was not known
+        if _BARE_LINE_END.search(data, unchecked, min(here, at + self._max_trailers + 3)):  # do not wait for an end
             raise BodyError("a bare CR or LF in the trailer section")
         if (stop if stop >= 0 else len(data) - 3) - at > self._max_trailers:
             raise BodyError("the trailer section is too large")
         if stop < 0:
+            self._checked = len(data) - at
             return -1
         lines = data[at : stop + 2]
         try:

@@ -152,6 +152,7 @@ class RequestHeadReader:
             self._last, self._section = head, section
         else:
             self._last, self._section = None, b""
+            head.is_repeatable = False
         return head
 
 
@@ -374,7 +375,9 @@ def write_request_head(head: RequestHead, forwarded: ForwardedWriter, request_id
     """
     outgoing = head.outgoing
     if outgoing is None:
-        outgoing = head.outgoing = _write_outgoing(head, forwarded)
+        outgoing = _write_outgoing(head, forwarded)
+        if head.is_repeatable:
+            head.outgoing = outgoing
     if not head.host and head.is_http_10:
         outgoing += b"Host: " + authority + b"\r\n"
     if head.length == 0 and head.method in _WITH_CONTENT:  # RFC 9110, section 8.6: say that there is none
