@@ -23,7 +23,7 @@ from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
-from stickyproxy.proxy.socket_state import count_taken
+from stickyproxy.proxy.socket_state import count_taken, is_queued
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.request_head import RequestHeadReader, find_head_error
 
@@ -45,6 +45,7 @@ class Downstream(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_cut_at",
         "_eof",
         "_header",
         "_heads",
@@ -77,7 +78,7 @@ class Downstream(asyncio.Protocol):
         self._held: bytearray | None = None
         self._pieces = 0
         self._eof = False
-        self._taken = 0
+        self._taken: float = 0
         self._is_kept = False
         self.is_paused = False
         self.is_blocked = False
@@ -277,10 +278,7 @@ class Downstream(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.on_timeout()
         elif self._is_lingering or self.transport.is_closing():
-            if count_taken(self.transport) > self._taken:
-                self._await_end()  # slow, but the client takes it
-            else:
-                self.transport.abort()
+            self._look_at_end()
         elif self._held and not self.is_blocked:
             self.refuse(RequestError("the request head did not arrive in time", status=408))
         else:
@@ -292,10 +290,25 @@ class Downstream(asyncio.Protocol):
         self.transport.close()
 
     def _await_end(self) -> None:
-        timeouts = self.plane.settings.timeouts
-        self._taken = count_taken(self.transport)
-        is_sent = self._is_lingering or not self.transport.get_write_buffer_size()
-        self.deadline = self.plane.now + (timeouts.linger_s if is_sent else timeouts.send_s)
+        """Wait until the client has taken all and closes too; it is looked at again and again."""
+        timeouts, now = self.plane.settings.timeouts, self.plane.now
+        is_unsent = not self._is_lingering and self._is_unsent
+        self._taken = count_taken(self.transport) if is_unsent or self._is_lingering else math.inf
+        self._cut_at = now + (timeouts.send_s if is_unsent else timeouts.linger_s)
+        self.deadline = now + timeouts.linger_s
+
+    @property
+    def _is_unsent(self) -> bool:
+        """Say whether the client has not taken all; what the kernel alone still holds matters over TLS only."""
+        return self.transport.get_write_buffer_size() > 0 or (self.is_tls and is_queued(self.transport))
+
+    def _look_at_end(self) -> None:
+        if count_taken(self.transport) > self._taken:
+            self._await_end()  # slow, but the client takes it
+        elif self.plane.now >= self._cut_at or not self._is_unsent:
+            self.transport.abort()
+        else:
+            self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""

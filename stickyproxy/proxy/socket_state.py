@@ -32,10 +32,24 @@ def count_taken(transport: asyncio.WriteTransport) -> int:
         if link.family != socket.AF_UNIX and sys.platform == "linux":
             info = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_END)
             return int.from_bytes(info[_ACKED_AT:_ACKED_END], sys.byteorder)
-        queued = fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+    except OSError:  # closed meanwhile
+        return 0
+    return -transport.get_write_buffer_size() - _count_queued(transport)
+
+
+def is_queued(transport: asyncio.WriteTransport) -> bool:
+    """Say whether the kernel still holds something that the other end has not taken; one system call."""
+    return _count_queued(transport) > 0
+
+
+def _count_queued(transport: asyncio.WriteTransport) -> int:
+    link = transport.get_extra_info("socket")
+    if link is None:
+        return 0
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
     except (OSError, ValueError):  # closed meanwhile
         return 0
-    return -transport.get_write_buffer_size() - int(struct.unpack("i", queued)[0])
 
 
 def is_reset(transport: asyncio.BaseTransport) -> bool:
