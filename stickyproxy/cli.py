@@ -24,7 +24,7 @@ from stickyproxy.errors import UsageError
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sized
 
     from stickyproxy.config import Address
 
@@ -101,7 +101,11 @@ def check(file: Path) -> None:
     with _clear_errors():
         config = load_file(file, os.environ)
         _check_certificates(config)
-        click.echo(f"{file}: right; {len(config.upstreams)} upstreams, {len(config.listeners)} listeners")
+        click.echo(f"{file}: right; {_count(config.upstreams, 'upstream')}, {_count(config.listeners, 'listener')}")
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
 def _check_certificates(config: Config) -> None:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import Any, Self, cast
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from stickyproxy import __version__, cli
 from stickyproxy.config import Address, Config
 from stickyproxy.demo.launcher import DemoError
+from tests.helpers.certificates import Authority
 from tests.helpers.json_schema import find_mistakes
 
 REPOSITORY = Path(__file__).parents[1]
@@ -106,7 +108,29 @@ def test_the_module_is_the_command() -> None:
 def test_check_of_an_example_says_that_it_is_right(path: Path) -> None:
     result = run("check", path)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"{path}: right; 2 upstreams, 1 listeners\n"
+    assert result.stdout == f"{path}: right; 2 upstreams, 1 listener\n"
+
+
+def test_check_reads_the_certificates_too(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    leaf = authority.issue("localhost")
+    configuration: dict[str, Any] = {
+        "listeners": [{"address": "127.0.0.1:8443", "tls": {"certificates": [leaf.section]}}],
+        "upstreams": [{"url": "https://127.0.0.1:8001", "tls": {"ca": str(authority.file)}}],
+    }
+    file = tmp_path / "proxy.yaml"
+    file.write_text(yaml.safe_dump(configuration))
+    assert run("check", file).stdout == f"{file}: right; 1 upstream, 1 listener\n"
+    gone, empty = str(tmp_path / "gone.pem"), tmp_path / "empty.pem"
+    empty.write_text("")
+    configuration["listeners"][0]["tls"]["certificates"][0]["key"] = gone
+    configuration["upstreams"][0]["tls"]["ca"] = str(empty)
+    file.write_text(yaml.safe_dump(configuration))
+    result = run("check", file)
+    assert (result.exit_code, result.stdout) == (2, "")
+    first, second = result.stderr.splitlines()
+    assert gone in first
+    assert str(empty) in second
 
 
 MISTAKES = """\
@@ -384,3 +408,15 @@ def test_a_demo_whose_apps_do_not_start_is_one_clear_line(apps: type[FakeDemo], 
     result = run("demo")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "stickyproxy: alpha was killed by SIGKILL before it listened\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(UnicodeDecodeError("ascii", b"\xff", 0, 1, "no"), logging.DEBUG), (ValueError(), logging.ERROR)],
+)
+def test_what_can_be_raised_nowhere_is_logged(error: Exception, level: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A client whose TLS hello holds a name that is not ASCII causes the first; it must not fill the log."""
+    caplog.set_level(logging.DEBUG)
+    cli._log_unraisable(cast("Any", SimpleNamespace(exc_value=error, err_msg="Exception ignored in")))
+    [record] = caplog.records
+    assert record.levelno == level

@@ -93,10 +93,11 @@ class Downstream(asyncio.Protocol):
         plane.downstreams.add(self)
         self.transport.set_write_buffer_limits(plane.settings.buffer_bytes)
         self.deadline = plane.now + plane.settings.timeouts.head_s
+        is_admitted = plane.addresses.admit(self.forwarded.origin)
         plane.on_accepted()
         if plane.is_stopping:
             self.transport.close()
-        elif not plane.addresses.admit(self.forwarded.origin):
+        elif not is_admitted:
             self.refuse(RequestError("too many connections from one address", status=503,
                                      proxy_status="http_request_denied"))  # fmt: skip
 
