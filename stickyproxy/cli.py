@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from stickyproxy.config import Address
 
-logger = logging.getLogger(__name__)
-
 _DEFAULT_LISTEN = "127.0.0.1:8080"
 _DEFAULT_ADMIN = "127.0.0.1:9090"
 
@@ -61,16 +59,6 @@ def _set_up_log(level: str) -> None:
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    sys.unraisablehook = _log_unraisable
-
-
-def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Log what could be raised nowhere, instead of a traceback on standard error.
-
-    A client can cause such: Python cannot read a name in a TLS hello (SNI) that is not ASCII.
-    """
-    is_of_client = isinstance(unraisable.exc_value, UnicodeError)
-    logger.log(logging.DEBUG if is_of_client else logging.ERROR, "%s: %r", unraisable.err_msg, unraisable.exc_value)
 
 
 @main.command()

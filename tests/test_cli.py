@@ -6,8 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import pytest
 import yaml
@@ -408,15 +407,3 @@ def test_a_demo_whose_apps_do_not_start_is_one_clear_line(apps: type[FakeDemo], 
     result = run("demo")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "stickyproxy: alpha was killed by SIGKILL before it listened\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "level"),
-    [(UnicodeDecodeError("ascii", b"\xff", 0, 1, "no"), logging.DEBUG), (ValueError(), logging.ERROR)],
-)
-def test_what_can_be_raised_nowhere_is_logged(error: Exception, level: int, caplog: pytest.LogCaptureFixture) -> None:
-    """A client whose TLS hello holds a name that is not ASCII causes the first; it must not fill the log."""
-    caplog.set_level(logging.DEBUG)
-    cli._log_unraisable(cast("Any", SimpleNamespace(exc_value=error, err_msg="Exception ignored in")))
-    [record] = caplog.records
-    assert record.levelno == level

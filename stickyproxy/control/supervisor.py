@@ -7,6 +7,7 @@ import gc
 import logging
 import secrets
 import signal
+import sys
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,11 +186,22 @@ async def serve(config: Config, on_ready: Callable[[list[Address]], None] | None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop)
+    hook, sys.unraisablehook = sys.unraisablehook, log_unraisable
     try:
         await supervisor.run(on_ready)
     finally:
+        sys.unraisablehook = hook
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Log what could be raised nowhere, instead of a traceback on standard error.
+
+    A client can cause such: Python cannot read a name in a TLS hello (SNI) that is not ASCII.
+    """
+    is_of_client = isinstance(unraisable.exc_value, UnicodeError)
+    logger.log(logging.DEBUG if is_of_client else logging.ERROR, "%s: %r", unraisable.err_msg, unraisable.exc_value)
 
 
 def _tune_collector() -> None:

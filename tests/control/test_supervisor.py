@@ -9,14 +9,15 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import pytest
 import yaml
 
 from stickyproxy.config import Address, Config, load_text
 from stickyproxy.control.admin.app import AdminListener
-from stickyproxy.control.supervisor import Supervisor, serve
+from stickyproxy.control.supervisor import Supervisor, log_unraisable, serve
 from stickyproxy.control.worker import Worker
 from stickyproxy.errors import UsageError
 from stickyproxy.observe.access_log import AccessLog
@@ -361,3 +362,15 @@ async def test_serve_gives_the_signals_back_where_it_cannot_start(taken: int) ->
     with pytest.raises(UsageError):
         await serve(configure(listeners=[f"127.0.0.1:{taken}"]))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(UnicodeDecodeError("ascii", b"\xff", 0, 1, "no"), logging.DEBUG), (ValueError(), logging.ERROR)],
+)
+def test_what_can_be_raised_nowhere_is_logged(error: Exception, level: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A client whose TLS hello holds a name that is not ASCII causes the first; it must not fill the log."""
+    caplog.set_level(logging.DEBUG)
+    log_unraisable(cast("Any", SimpleNamespace(exc_value=error, err_msg="Exception ignored in")))
+    [record] = caplog.records
+    assert record.levelno == level
