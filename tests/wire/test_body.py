@@ -174,9 +174,18 @@ def test_the_largest_size_is_no_number_of_python_text() -> None:
 
 
 def test_all_extensions_together_may_have_exactly_their_limit() -> None:
-    limited = [b"1;aa\r\nx\r\n", b"0;aaa\r\n\r\n"]
-    assert read(ChunkedReader(max_extensions=7), limited).done
-    assert read(ChunkedReader(max_extensions=6), limited).error == TOO_LONG
+    limited = [b"1;aaaaaaa\r\nx\r\n", b"0;aaaaaaaa\r\n\r\n"]
+    assert read(ChunkedReader(max_extensions=17), limited).done
+    assert read(ChunkedReader(max_extensions=16), limited).error == TOO_LONG
+
+
+def test_short_extensions_count_as_more_than_they_are() -> None:
+    """Each costs the same, and 4 KiB of the shortest would be 2,000 of them."""
+    short = [b"1;\r\nx\r\n", b"1\r\nx\r\n" * 50, b"0;aaa\r\n\r\n"]
+    assert read(ChunkedReader(max_extensions=16), short).done
+    assert read(ChunkedReader(max_extensions=15), short).error == TOO_LONG
+    padded = [b"1  \r\nx\r\n"] * 8  # no extension, but what some servers write
+    assert read(ChunkedReader(max_extensions=16), [*padded, b"0\r\n\r\n"]).done
 
 
 @pytest.mark.parametrize("position", range(3, 16))

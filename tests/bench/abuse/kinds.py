@@ -319,7 +319,7 @@ def _body_kinds(requests: Requests) -> list[Kind]:
             last_bytes(1000),
             connections=16,
         ),
-        Kind("extensions", "2000 chunk extensions of two bytes", body(b"1;e\r\nx\r\n" * 2000 + last)),
+        Kind("extensions", "500 chunk extensions of two bytes", body(b"1;e\r\nx\r\n" * 500 + last)),
         Kind("trailers", "8 KiB of trailers", body(b"0\r\n" + trailers + b"\r\n")),
         Kind(
             "trailers-bytes",
