@@ -91,9 +91,7 @@ class Supervisor:
             )
             stack.push_async_callback(worker.close)
             routing = Routing(config, worker.plane.publish, upstream_contexts)
-            resolver = Resolver(
-                {one.id: one.address for one in config.upstreams}, config.dns_refresh_s, routing.resolve
-            )
+            resolver = Resolver(routing.addresses, config.dns_refresh_s, routing.resolve)
             stack.push_async_callback(resolver.stop)
             await resolver.start()
             prober = Prober(config.health, routing)

@@ -125,12 +125,12 @@ class Exchange:
             self._taken = 0
             self._rest = rest
             self.is_reading_request = True
+            if head.length > self.plane.settings.body_bytes:
+                self.fail(_too_large())
+                return
         elif rest:
             self.downstream.hold(rest)
         self.downstream.deadline = math.inf
-        if head.length > self.plane.settings.body_bytes:
-            self.fail(_too_large())
-            return
         if head.is_upgrade and not self._allows_origin():
             self.fail(RequestError("WebSockets from this origin are not allowed", status=403,
                                    proxy_status="http_request_denied"))  # fmt: skip
@@ -177,12 +177,9 @@ class Exchange:
         connection.transport.write(
             write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
         )
-        if self._request is None:
-            timeouts = self.plane.settings.timeouts
-            timeout_s = timeouts.websocket_handshake_s if self.head.is_upgrade else timeouts.response_s
-            self.downstream.deadline = self.plane.now + timeout_s
-            return
         self._rearm()
+        if self._request is None:
+            return
         self.downstream.resume_reading()  # before anything is written, which may pause it again
         rest, self._rest = self._rest, b""
         if rest:

@@ -120,8 +120,12 @@ class Listener:
             self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG, **_UNIX_OPTIONS)
         else:
             self._server = await loop.create_server(self._accept, sock=link, backlog=_BACKLOG)
-        if not self._plane.gate.is_open:  # meanwhile
+        if not self._may_accept:  # meanwhile
             self.pause()
+
+    @property
+    def _may_accept(self) -> bool:
+        return not self._is_closed and self._plane.gate.is_open
 
     def _accept(self) -> asyncio.BaseProtocol:
         role = self.role

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from typing_extensions import override
 
 from stickyproxy.proxy.pinger import Pinger
-from stickyproxy.proxy.socket_state import is_reset
+from stickyproxy.proxy.socket_state import is_queued, is_reset
 from stickyproxy.wire.frames import (
     ABNORMAL,
     BAD_GATEWAY,
@@ -407,15 +407,17 @@ class Tunnel:
             return
         self._is_over = True
         self._stop_timer()
-        flush_s = min(self._plane.settings.timeouts.send_s, _FLUSH_S)
+        timeouts = self._plane.settings.timeouts
         for side in (self.client, self.upstream):
             if at_once:
                 side.transport.abort()
             else:
                 side.transport.close()
-                # A connection over TLS waits for the other end to close too.
-                if side.transport.get_write_buffer_size() or not side.transport.can_write_eof():
-                    self._plane.loop.call_later(flush_s, side.transport.abort)
+                is_tls = not side.transport.can_write_eof()  # and waits for the other end to close too
+                if side.transport.get_write_buffer_size() or (is_tls and is_queued(side.transport)):
+                    self._plane.loop.call_later(min(timeouts.send_s, _FLUSH_S), side.transport.abort)
+                elif is_tls:
+                    self._plane.loop.call_later(timeouts.linger_s, side.transport.abort)
         self._count()
 
     def _count(self) -> None:
