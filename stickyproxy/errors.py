@@ -2,6 +2,7 @@
 
     StickyproxyError            anything that this package raises on purpose
       UsageError                what an operator gave cannot be used (a file, an address, a command line)
+      ChannelError              another process of the proxy did not do what it was asked for
       ExchangeError             one exchange cannot go on; carries side, phase, status and Proxy-Status
         RequestError            the client sent something wrong (side "downstream")
         ResponseError           the upstream sent something wrong (side "upstream")
@@ -24,6 +25,10 @@ class StickyproxyError(Exception):
 
 class UsageError(StickyproxyError):
     """What the operator gave cannot be used; the text is one line for a person."""
+
+
+class ChannelError(StickyproxyError):
+    """Another process of the proxy is gone, or did not do what it was asked for; the text says why."""
 
 
 class ExchangeError(StickyproxyError):

@@ -8,13 +8,16 @@ nothing of it is open. The table also spares the MAC: a token value seen before 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from typing_extensions import override
 
 from stickyproxy.affinity.token import Token
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from stickyproxy.affinity.token import Lifetimes, TokenCodec
 
 _MAX_VERIFIED: Final = 1 << 16  # token values remembered; about 20 MB, beyond it one MAC is computed again
@@ -40,6 +43,15 @@ class Session:
     @override
     def __repr__(self) -> str:
         return f"<Session {self.client_id.hex()} at {self.digest.hex()} open={self.open}>"
+
+
+class ActiveSession(NamedTuple):
+    """A session as another table can take it in; `idle_s` are the seconds since its last request."""
+
+    client_id: bytes
+    digest: bytes
+    pinned_at: int
+    idle_s: float
 
 
 class Presented:
@@ -72,6 +84,30 @@ class SessionTable:
         self._active: OrderedDict[bytes, Session] = OrderedDict()  # by client id, longest unused first
         self.counts: dict[bytes, int] = {}
         """Active sessions by upstream digest."""
+        self._changed: set[bytes] | None = None
+
+    def adopt(self, other: SessionTable) -> None:
+        """Work by the secrets and lifetimes of another table from now on; the sessions stay."""
+        self._codec = other._codec
+        self._lifetimes = other._lifetimes
+        self._idle_s = other._idle_s
+        self._refresh_s = other._refresh_s
+        self._verified.clear()
+
+    def take_changes(self) -> tuple[list[Session], list[bytes]]:
+        """Return the sessions that began or were moved since the last call, and the ids of the clients that ended.
+
+        The first call begins to note them, and returns all.
+        """
+        changed, self._changed = self._changed, set()
+        if changed is None:
+            return list(self._active.values()), []
+        began = [self._active[client_id] for client_id in changed if client_id in self._active]
+        return began, [client_id for client_id in changed if client_id not in self._active]
+
+    def forget_changes(self) -> None:
+        """Let the next `take_changes` return all sessions again."""
+        self._changed = None
 
     def __len__(self) -> int:
         return len(self._active)
@@ -87,16 +123,24 @@ class SessionTable:
         return presented
 
     def _remember(self, value: bytes, token: Token) -> Presented:
-        session = self._active.get(token.client_id)
-        if session is None:
-            session = Session(token.client_id, token.digest, token.pinned_at)
-        elif token.pinned_at > session.pinned_at:
-            self.move(session, token.digest, token.pinned_at)  # another replica has moved it since
+        session = self.find(token.client_id, token.digest, token.pinned_at)
         presented = Presented(session, token.digest, self._lifetimes.expires_at(token), token.seen_at + self._refresh_s)
         if len(self._verified) >= _MAX_VERIFIED:
             self._verified.popitem(last=False)
         self._verified[value] = presented
         return presented
+
+    def find(self, client_id: bytes, digest: bytes, pinned_at: int) -> Session:
+        """Return the session of a client that somebody else knows to be pinned; a new one counts once it is touched.
+
+        What is known here holds, unless the other has pinned the client later: another replica has moved it since.
+        """
+        session = self._active.get(client_id)
+        if session is None:
+            return Session(client_id, digest, pinned_at)
+        if pinned_at > session.pinned_at:
+            self.move(session, digest, pinned_at)
+        return session
 
     def touch(self, session: Session, now: float) -> bool:
         """Count the session as active now, and say whether it was not before; at most once for each tick of `now`."""
@@ -111,6 +155,7 @@ class SessionTable:
         self._active[session.client_id] = session
         self._active.move_to_end(session.client_id)
         self._count(session.digest, +1)
+        self._note(session)
         return known is None
 
     def begin(self, client_id: bytes, digest: bytes, wall: float) -> Session:
@@ -122,6 +167,7 @@ class SessionTable:
         if self._active.get(session.client_id) is session:
             self._count(session.digest, -1)
             self._count(digest, +1)
+            self._note(session)
         session.digest = digest
         session.pinned_at = int(wall)
 
@@ -129,6 +175,41 @@ class SessionTable:
         """Return the cookie value for the session as it is pinned now."""
         token = Token(session.digest, session.client_id, session.pinned_at, int(wall))
         return self._codec.write(token)
+
+    def export(self, now: float, *, at_once: int) -> Iterator[tuple[ActiveSession, ...]]:
+        """Yield the active sessions, longest unused first, in pieces of at most `at_once`; O(1) for each session.
+
+        The table may be used between two pieces: what is active throughout comes at least once.
+        """
+        ids = iter(tuple(self._active))
+        while piece := tuple(islice(ids, at_once)):
+            known = (self._active.get(client_id) for client_id in piece)
+            yield tuple(
+                ActiveSession(one.client_id, one.digest, one.pinned_at, max(0.0, now - one.active_at))
+                for one in known
+                if one is not None
+            )
+
+    def take_in(self, sessions: Iterable[ActiveSession], now: float) -> None:
+        """Count sessions as active that were so in another table; those used here since then are left alone.
+
+        They come longest unused first, as `export` gives them, and count as used no earlier than all that are here
+        already. O(1) for each session.
+        """
+        for one in sessions:
+            session = self.find(one.client_id, one.digest, one.pinned_at)
+            active_at = now - one.idle_s
+            known = self._active.get(one.client_id)
+            if known is None or active_at > known.active_at:
+                last = next(reversed(self._active.values())).active_at if self._active else active_at
+                self.touch(session, max(active_at, last))
+
+    def forget_idle(self) -> None:
+        """Count only the sessions of which something is open: another table has taken in the others. O(n)."""
+        for session in [one for one in self._active.values() if not one.open]:
+            del self._active[session.client_id]
+            self._count(session.digest, -1)
+            self._note(session)
 
     def expire(self, now: float) -> None:
         """End the sessions that have been idle too long; bounded work, so it is called again and again."""
@@ -142,6 +223,11 @@ class SessionTable:
             else:
                 del self._active[client_id]
                 self._count(session.digest, -1)
+                self._note(session)
+
+    def _note(self, session: Session) -> None:
+        if self._changed is not None:
+            self._changed.add(session.client_id)
 
     def _count(self, digest: bytes, change: int) -> None:
         count = self.counts.get(digest, 0) + change

@@ -70,7 +70,7 @@ def parse_listener(text: str) -> Address:
     Raises `ValueError` with a message for the author of the file.
     """
     if text.startswith("unix:"):
-        return Address(path=_read_socket_path(text.removeprefix("unix:")))
+        return Address(path=read_socket_path(text.removeprefix("unix:")))
     host, colon, port = text.rpartition(":")
     if not colon:
         raise ValueError(f"expected {_LISTENER_FORMS}")
@@ -85,7 +85,7 @@ def parse_upstream_url(text: str) -> Address:
     URL, which may hold a password.
     """
     if text.startswith("unix:"):
-        return Address(path=_read_socket_path(text.removeprefix("unix:")))
+        return Address(path=read_socket_path(text.removeprefix("unix:")))
     match = _URL.fullmatch(text)
     if match is None:
         raise ValueError(f"expected {_UPSTREAM_FORMS}")
@@ -100,6 +100,13 @@ def parse_upstream_url(text: str) -> Address:
             return _read_authority(match["authority"], is_tls=True)
         case _:
             raise ValueError(f"expected {_UPSTREAM_FORMS}")
+
+
+def write_upstream_url(address: Address) -> str:
+    """Return the URL of an upstream, which `parse_upstream_url` reads as this address; with its port, even 80."""
+    if address.is_unix:
+        return str(address)
+    return f"{'https' if address.is_tls else 'http'}://{address}"
 
 
 def _refuse_parts(url: re.Match[str], form: str) -> None:
@@ -119,7 +126,7 @@ def _read_unix_url(url: re.Match[str]) -> Address:
         raise ValueError("expected three slashes before the path of the socket, as in http+unix:///run/app.sock")
     if "%" in url["path"]:
         raise ValueError("percent escapes are not read in the path of a socket; write unix:/path")
-    return Address(path=_read_socket_path(url["path"]))
+    return Address(path=read_socket_path(url["path"]))
 
 
 def _read_authority(authority: str, *, is_tls: bool) -> Address:
@@ -183,9 +190,13 @@ def _read_ipv6(text: str, expected: str) -> str:
         raise ValueError(f"expected {expected}") from None
 
 
-def _read_socket_path(path: str) -> str:
+def read_socket_path(path: str, example: str = "unix:/run/app.sock") -> str:
+    """Return the path of a Unix socket if it can be one; `example` is how such a value is written.
+
+    Raises `ValueError` with a message for the author of the file.
+    """
     if not path.startswith("/") or path.endswith("/"):
-        raise ValueError("expected the absolute path of a socket, as in unix:/run/app.sock")
+        raise ValueError(f"expected the absolute path of a socket, as in {example}")
     if not path.isprintable():
         raise ValueError("the path of a socket has no control characters")
     if len(path.encode()) > MAX_SOCKET_PATH_BYTES:

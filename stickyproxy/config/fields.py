@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
+from stickyproxy.config.address import Address, parse_listener, parse_upstream_url, read_socket_path
 from stickyproxy.config.errors import Mistake
 from stickyproxy.config.units import DURATION_PATTERN, SIZE_PATTERN, parse_duration, parse_size, shown
 
@@ -221,6 +221,27 @@ def read_path(raw: object) -> Path:
 
 
 AbsolutePath = Annotated[Path, Read(read_path, _absolute_path.json_schema)]
+
+
+def read_socket(raw: object) -> Path:
+    """Return the absolute path of a Unix socket, from text or as it is. Raises `ValueError`."""
+    return Path(read_socket_path(read_text(str(raw) if isinstance(raw, Path) else raw), "/run/stickyproxy.sock"))
+
+
+def read_socket_or_false(raw: object) -> Path | Literal[False]:
+    """Return the absolute path of a Unix socket; False for `false`. Raises `ValueError`."""
+    if raw is False:
+        return False
+    if raw is True:
+        raise ValueError("expected the absolute path of a socket or false, got true; for the usual place leave it out")
+    return read_socket(raw)
+
+
+SocketOrFalse = Annotated[
+    Path | Literal[False],
+    Read(read_socket_or_false, {"anyOf": [_absolute_path.json_schema, {"const": False}]}),
+]
+"""Where a Unix socket is; False where there is none."""
 
 ListenerAddress = Annotated[Address, Read(lambda raw: parse_listener(read_text(raw)), {"type": "string"})]
 UpstreamAddress = Annotated[Address, Read(lambda raw: parse_upstream_url(read_text(raw)), {"type": "string"})]

@@ -6,6 +6,7 @@ An attribute has the name of its YAML key, with the unit of its value where it h
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
@@ -25,22 +26,25 @@ from stickyproxy.config.fields import (
     PATH_PATTERN,
     AbsolutePath,
     AlsoWritten,
+    Flag,
     ListenerAddress,
     OrFalse,
     Read,
     SecondsOrOff,
     SecondsOrZero,
     Section,
+    SocketOrFalse,
     in_seconds,
+    or_word,
     refuse,
     text,
+    whole_number,
 )
 from stickyproxy.config.health import Health
 from stickyproxy.config.limits import Limits, Timeouts
 from stickyproxy.config.listener import Listener, read_listeners
 from stickyproxy.config.secret import Sources, read_token
 from stickyproxy.config.trust import Forwarded, TrustedProxies, read_trusted_proxies
-from stickyproxy.config.units import shown
 from stickyproxy.config.upstream import MAX_UPSTREAMS, Upstream, read_upstreams
 from stickyproxy.config.websocket import WebSocket
 
@@ -98,17 +102,14 @@ class AccessLog(Section):
         return {"format": raw} if isinstance(raw, str) else raw
 
 
-def read_workers(raw: object) -> int | str:
-    """Return 1 or `auto`. Raises `ValueError`."""
-    match raw:
-        case "auto":
-            return "auto"
-        case int() if raw == 1 and raw is not True:
-            return 1
-        case int() if raw > 1:
-            raise ValueError("this version runs one worker; expected 1 or auto")
-        case _:
-            raise ValueError(f"expected 1 or auto, got {shown(raw)}")
+MAX_WORKERS = 64  # the supervisor talks to each and sums the counters of all; more cores call for several proxies
+
+_read_workers = or_word("auto", whole_number(1, MAX_WORKERS))
+
+
+def read_workers(raw: object) -> object:
+    """Return a number from 1 to 64, or `auto`: how many that is, the machine says. Raises `ValueError`."""
+    return "auto" if raw == "auto" else _read_workers.read(raw)
 
 
 class Config(Section):
@@ -156,15 +157,37 @@ class Config(Section):
     state_directory: AbsolutePath | None = Field(
         default=None, description="Where the proxy keeps the secret it made; null: the user's state directory."
     )
-    workers: Annotated[int | Literal["auto"], Read(read_workers, {"enum": [1, "auto"]})] = Field(
-        default=1, description="Processes of the data plane; this version runs one."
+    workers: Annotated[int | Literal["auto"], Read(read_workers, _read_workers.json_schema)] = Field(
+        default=1, description="Processes of the data plane; auto: one for each core that the proxy may use."
     )
+    control: SocketOrFalse | None = Field(
+        default=None,
+        description="The Unix socket on which commands such as reload reach the proxy; null: one in the runtime "
+        "directory; false: none.",
+    )
+    hand_over: SocketOrFalse | None = Field(
+        default=None,
+        description="The Unix socket on which another installation takes over the connections (serve --take-over); "
+        "null: one in the runtime directory; false: none.",
+    )
+    reload_on_change: Flag = Field(default=False, description="Whether the file is read again when it changes.")
 
     @model_validator(mode="after")
-    def _check_proxy_protocol(self) -> Self:
-        if mistakes := list(self._find_untrusted()):
+    def _check_sections_together(self) -> Self:
+        if mistakes := [*self._find_untrusted(), *self.find_shared_sockets()]:
             refuse(mistakes)
         return self
+
+    def find_shared_sockets(self) -> Iterator[Mistake]:
+        """Yield a mistake for `control` and `hand_over` where their path has another use too."""
+        users = {Path(one.address.path): "a listener" for one in self.listeners if one.address.is_unix}
+        if self.admin is not None and self.admin.address.is_unix:
+            users.setdefault(Path(self.admin.address.path), "admin")
+        for key, path in (("control", self.control), ("hand_over", self.hand_over)):
+            if path in users:
+                yield (key,), f"{path} is the path of {users[path]} too"
+            elif path:
+                users[path] = key
 
     def _find_untrusted(self) -> Iterator[Mistake]:
         trusted = self.trusted_proxies

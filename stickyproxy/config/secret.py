@@ -27,9 +27,13 @@ _ENV_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where `env:` looks; handed to the schema as the context of its validation."""
+    """Where `env:` looks; handed to the schema as the context of its validation.
+
+    `known` is what `env:NAME` and `file:/path` stand for where that has been read already; what is read is added.
+    """
 
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    known: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, info: ValidationInfo) -> Sources:
@@ -44,10 +48,13 @@ def read_secret(value: object, sources: Sources) -> bytes:
     message for the author of the configuration.
     """
     match value:
+        case str() if value in sources.known:
+            return sources.known[value]
         case str() if value.startswith("env:"):
-            return _read_env(value.removeprefix("env:"), sources.env)
+            found = _read_env(value.removeprefix("env:"), sources.env)
+            return sources.known.setdefault(value, found)
         case str() if value.startswith("file:"):
-            return _read_file(value.removeprefix("file:"))
+            return sources.known.setdefault(value, _read_file(value.removeprefix("file:")))
         case str():
             return value.encode()
         case _:

@@ -1,4 +1,4 @@
-"""Read the units of the configuration: `30s` and `64KiB`.
+"""Read and write the units of the configuration: `30s` and `64KiB`.
 
 The lowest file of `config/`; the field types build on it. A number without its unit is refused, because `30` reads as
 seconds to one person and as milliseconds to the next. Only 0 is the same in every unit.
@@ -69,6 +69,26 @@ def parse_size(value: object) -> int:
     if size_bytes > MAX_SIZE_BYTES:
         raise ValueError(f"expected a size of at most 1024GiB, got {shown(value)}")
     return size_bytes
+
+
+def write_duration(duration_s: float) -> str:
+    """Return a length in seconds as the file writes it: whole, in the largest unit that allows it, else parts of ms.
+
+    `parse_duration` reads it as the same number again.
+    """
+    exact_s = Decimal(repr(float(duration_s)))  # the decimal digits that were written, not those of the binary float
+    for unit in ("d", "h", "m", "s"):
+        if exact_s and exact_s % _SECONDS_IN[unit] == 0:
+            return f"{exact_s / _SECONDS_IN[unit]:.0f}{unit}"
+    return f"{(exact_s / _SECONDS_IN['ms']).normalize():f}ms" if exact_s else "0s"
+
+
+def write_size(size_bytes: int) -> str:
+    """Return a number of bytes as the file writes it, in the largest unit in which it is whole."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size_bytes and size_bytes % _BYTES_IN[unit] == 0:
+            return f"{size_bytes // _BYTES_IN[unit]}{unit}"
+    return f"{size_bytes}B"
 
 
 def _is_zero(value: object) -> bool:

@@ -34,7 +34,7 @@ from stickyproxy.observe.counters import ProbeCounters
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aiohttp.abc import ResolveResult
 
@@ -160,9 +160,11 @@ class _EndpointResolver(ThreadedResolver):
 class Watch:
     """The probes of one upstream: counted, reported, and logged where the result is another than before."""
 
-    def __init__(self, upstream_id: str, way: Connecting | Asking, timeout_s: float, routing: Routing) -> None:
+    def __init__(
+        self, upstream_id: str, way: Connecting | Asking, timeout_s: float, routing: Routing, counters: ProbeCounters
+    ) -> None:
         self.upstream_id = upstream_id
-        self.counters = ProbeCounters()
+        self.counters = counters
         self.is_due = asyncio.Event()
         self._way = way
         self._timeout_s = timeout_s
@@ -208,23 +210,26 @@ class Watch:
 class Prober:
     """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
-    Each probe goes to the endpoint that the upstream has at that moment.
+    Each probe goes to the endpoint that the upstream has at that moment; one that is removed is probed no more.
+    `counters` may be those of a prober whose place this one takes.
     """
 
-    def __init__(self, health: Health, routing: Routing) -> None:
+    def __init__(
+        self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None
+    ) -> None:
         self._settings = health.probe
         self._routing = routing
         self._watches: list[Watch] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._first: dict[str, Outcome] = {}
         self._uniform: Callable[[float, float], float] = SystemRandom().uniform
-        self.counters: dict[str, ProbeCounters] = {}
+        self.counters = dict(counters or {})
 
     def start(self) -> None:
         """Begin to probe, all upstreams at once."""
         for upstream_id in self._routing.endpoints:
+            self.counters.setdefault(upstream_id, ProbeCounters())
             self._watches.append(watch := self._make_watch(upstream_id))
-            self.counters[upstream_id] = watch.counters
             self._tasks.append(spawn(self._keep(watch), f"probe {upstream_id}"))
         self._tasks.append(spawn(self._look(), "look for refused upstreams"))
 
@@ -240,12 +245,12 @@ class Prober:
         return self._routing.endpoints[upstream_id]
 
     def _make_watch(self, upstream_id: str) -> Watch:
-        settings = self._settings
+        settings, counters = self._settings, self.counters[upstream_id]
         endpoint = partial(self._endpoint_of, upstream_id)
         if settings is None:
-            return Watch(upstream_id, Connecting(endpoint), _CONNECT_TIMEOUT_S, self._routing)
+            return Watch(upstream_id, Connecting(endpoint), _CONNECT_TIMEOUT_S, self._routing, counters)
         way = Connecting(endpoint) if settings.path is None else Asking(endpoint, settings)
-        return Watch(upstream_id, way, settings.timeout_s, self._routing)
+        return Watch(upstream_id, way, settings.timeout_s, self._routing, counters)
 
     async def _keep(self, watch: Watch) -> None:
         """Probe one upstream again and again: regularly if the file says so, and whenever it is due."""
@@ -257,6 +262,8 @@ class Prober:
                     await watch.is_due.wait()
             except TimeoutError:
                 pass
+            if watch.upstream_id not in self._routing.endpoints:
+                return
             await watch.probe()
             watch.is_due.clear()
 
@@ -272,7 +279,8 @@ class Prober:
         while True:
             await asyncio.sleep(_LOOK_S)
             for watch in self._watches:
-                if self._routing.observed[watch.upstream_id].is_refused:
+                observed = self._routing.observed.get(watch.upstream_id)
+                if observed is not None and observed.is_refused:
                     watch.is_due.set()
 
     def _note_first(self, watch: Watch, outcome: Outcome) -> None:

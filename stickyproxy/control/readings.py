@@ -1,28 +1,24 @@
-"""What the admin listener reads: the numbers and the state of the planes, copied on the event loop at one moment."""
+"""What the admin listener reads: the state of the control plane, and what the workers count in shared memory."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from stickyproxy import __version__
-from stickyproxy.affinity.snapshot import AdminState
-from stickyproxy.observe.counters import LAG_BOUNDS_S, Histogram, ProbeCounters, UpstreamCounters
+from stickyproxy.affinity.snapshot import AdminState, upstream_digest
+from stickyproxy.observe.counters import LAG_BOUNDS_S, NS, Histogram, ProbeCounters
 from stickyproxy.observe.metrics import Numbers, UpstreamNumbers
+from stickyproxy.observe.table import sum_readings
 
 if TYPE_CHECKING:
     from stickyproxy.affinity.snapshot import Upstream
-    from stickyproxy.control.certificates import CertificateWatcher
-    from stickyproxy.control.probe import Prober
-    from stickyproxy.control.resolver import Resolver
-    from stickyproxy.control.routing import Routing
-    from stickyproxy.control.worker import Worker
-    from stickyproxy.observe.access_log import AccessLog
+    from stickyproxy.control.supervisor import Supervisor
+    from stickyproxy.observe.table import Reading
 
 _LAG_PERIOD_S: Final = 0.5
-
-Counters = TypeVar("Counters", UpstreamCounters, ProbeCounters)
 
 
 class LoopLag:
@@ -51,25 +47,10 @@ class LoopLag:
 
 
 class Readings:
-    """What metrics and the state API need from the planes. `is_ready` is set by the supervisor."""
+    """What metrics and the state API need of a supervisor and its workers. `is_ready` is set by the supervisor."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        routing: Routing,
-        prober: Prober,
-        access_log: AccessLog | None,
-        *,
-        resolver: Resolver | None = None,
-        certificates: CertificateWatcher | None = None,
-    ) -> None:
-        self._worker = worker
-        self._plane = worker.plane
-        self._routing = routing
-        self._prober = prober
-        self._resolver = resolver
-        self._certificates = certificates
-        self._access_log = access_log
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
         self._began_at = asyncio.get_running_loop().time()
         self._is_ready = False
         self._was_ready = False
@@ -94,7 +75,7 @@ class Readings:
         """Return why no client should be sent here, as one line, or None where there is no reason."""
         if not self.is_ready:
             return "the proxy is stopping" if self._was_ready else "the proxy is starting"
-        upstreams = self._routing.snapshot.upstreams
+        upstreams = self._supervisor.routing.snapshot.upstreams
         if any(upstream.accepts_pinned for upstream in upstreams):
             return None
         in_maint = sum(upstream.admin is AdminState.MAINT for upstream in upstreams)
@@ -102,113 +83,129 @@ class Readings:
 
     def describe(self) -> dict[str, object]:
         """Return the state of the proxy as it goes into JSON."""
-        snapshot = self._routing.snapshot
+        supervisor = self._supervisor
+        snapshot, reading = supervisor.routing.snapshot, self._read_live()
         return {
             "version": __version__,
             "uptime_s": round(self.uptime_s, 3),
             "is_ready": self.is_ready,
+            "workers": [
+                {
+                    "index": link.index,
+                    "pid": link.process_id,
+                    "version": link.version,
+                    "is_leaving": link in supervisor.fleet.leaving,
+                }
+                for link in supervisor.fleet
+            ],
             "clusters": [
                 {
                     "name": snapshot.cluster,
                     "is_guarded": snapshot.is_guarded,
-                    "upstreams": [self.describe_upstream(upstream) for upstream in snapshot.upstreams],
+                    "upstreams": [self._describe(upstream, reading) for upstream in snapshot.upstreams],
                 }
             ],
         }
 
     def describe_upstream(self, upstream: Upstream) -> dict[str, object]:
         """Return the state of one upstream of the snapshot as it goes into JSON."""
-        counters = self._plane.pools[upstream.digest].counters
+        return self._describe(upstream, self._read_live())
+
+    def _describe(self, upstream: Upstream, reading: Reading) -> dict[str, object]:
+        routing, counters = self._supervisor.routing, reading.upstream(upstream.digest)
         return {
             "id": upstream.id,
-            "address": str(self._routing.endpoints[upstream.id].address),
+            "address": str(routing.endpoints[upstream.id].address),
             "weight": upstream.weight,
             "max_sessions": upstream.max_sessions,
             "admin_state": upstream.admin,
             "health": upstream.health,
             "is_refused": upstream.is_refused,
+            "is_leaving": upstream.id in routing.leaving,
             "accepts_new": upstream.accepts_new,
             "accepts_pinned": upstream.accepts_pinned,
-            "sessions": self._plane.sessions.counts.get(upstream.digest, 0),
+            "sessions": self._supervisor.fleet.registry.count(upstream.digest),
             "tunnels": counters.tunnels_open,
             "in_flight": counters.in_flight,
         }
 
+    def is_empty(self, upstream_id: str) -> bool:
+        """Say whether nothing of an upstream is in use, or its process is gone, and with it all that it held."""
+        supervisor, digest = self._supervisor, upstream_digest(upstream_id)
+        if supervisor.routing.observed[upstream_id].is_refused:
+            return True
+        counters = self._read_live().upstream(digest)
+        return not (supervisor.fleet.registry.count(digest) or counters.tunnels_open or counters.in_flight)
+
+    def _read_live(self) -> Reading:
+        """Return the sums of what the living workers count."""
+        return sum_readings([link.table.read() for link in self._supervisor.fleet])
+
     def take_numbers(self) -> Numbers:
-        """Return a copy of all numbers. O(n) in upstreams and open tunnels: some 10 us for each upstream."""
-        plane, snapshot = self._plane, self._routing.snapshot
-        counters = plane.counters
-        received, sent = self._sum_open_tunnels()
+        """Return a copy of all numbers. O(n) in upstreams: some 10 us for each upstream and worker."""
+        supervisor = self._supervisor
+        fleet, snapshot = supervisor.fleet, supervisor.routing.snapshot
+        readings = {link: link.table.read() for link in fleet}
+        summed = sum_readings(list(readings.values()), fleet.totals)
+        plane, now_ns = summed.plane, time.monotonic_ns()
         return Numbers(
             version=__version__,
-            upstreams=tuple(
-                self._take_upstream(snapshot.cluster, upstream, received[upstream.id], sent[upstream.id])
-                for upstream in snapshot.upstreams
-            ),
-            none={snapshot.cluster: _copy(counters.none)},
+            upstreams=tuple(self._take_upstream(snapshot.cluster, one, summed) for one in snapshot.upstreams),
+            none={snapshot.cluster: plane.none},
             guarded={snapshot.cluster: snapshot.is_guarded},
-            affinity={**counters.affinity, "hit": counters.hits},
-            breaks=dict(counters.breaks),
-            downstream_connections=len(plane.downstreams),
-            downstream_connections_total=counters.connections,
-            handshakes=dict(counters.handshakes),
-            is_accepting=self.is_ready and plane.gate.is_open,
-            accept_pauses=plane.gate.pauses,
-            name_lookups=dict(self._resolver.lookups) if self._resolver is not None else {},
-            certificate_reloads=dict(self._certificates.reloads) if self._certificates is not None else {},
+            affinity=plane.affinity,
+            breaks=plane.breaks,
+            downstream_connections=plane.downstreams,
+            downstream_connections_total=plane.connections,
+            handshakes=plane.handshakes,
+            is_accepting=self.is_ready and plane.is_accepting > 0,
+            accept_pauses=plane.accept_pauses,
+            name_lookups=dict(supervisor.resolver.lookups),
+            certificate_reloads=dict(supervisor.certificates.reloads),
             certificates=self._list_certificates(),
-            access_log_dropped=self._access_log.dropped if self._access_log is not None else 0,
-            event_loop_lag=_copy_histogram(self.loop_lag.histogram),
+            access_log_dropped=plane.access_log_dropped,
+            event_loop_lag={"supervisor": _copy_histogram(self.loop_lag.histogram), "worker": plane.lag},
+            workers=len(fleet.links),
+            worker_restarts=fleet.restarts,
+            ticks={
+                str(link.index): max(0.0, (now_ns - readings[link].plane.ticked_at_ns) / NS)
+                for link in fleet.links
+                if link in readings and readings[link].plane.ticked_at_ns
+            },
+            reloads=dict(supervisor.reloader.outcomes),
+            reloaded_at=supervisor.reloader.succeeded_at,
+            upgrades=dict(supervisor.upgrader.outcomes),
+            handed_over=plane.handed_over,
         )
 
     def _list_certificates(self) -> dict[tuple[str, str], float]:
         """Return when each certificate in use expires, in seconds since 1970, by its listener and file."""
-        if self._certificates is None:
-            return {}
-        listeners = self._worker.listeners
+        listeners = self._supervisor.config.listeners
         return {
             (str(listeners[position].address), str(one.path)): one.not_after
-            for position, facts in self._certificates.facts.items()
-            if position < len(listeners)
+            for position, facts in self._supervisor.certificates.facts.items()
             for one in facts
         }
 
-    def _sum_open_tunnels(self) -> tuple[Counter[str], Counter[str]]:
-        """Return the bytes of open tunnels, received from clients and sent to them, by upstream id."""
-        received: Counter[str] = Counter()
-        sent: Counter[str] = Counter()
-        for tunnel in self._plane.tunnels:
-            received[tunnel.upstream_id] += tunnel.client.received_bytes
-            sent[tunnel.upstream_id] += tunnel.upstream.received_bytes
-        return received, sent
-
-    def _take_upstream(self, cluster: str, upstream: Upstream, received: int, sent: int) -> UpstreamNumbers:
-        pool = self._plane.pools[upstream.digest]
+    def _take_upstream(self, cluster: str, upstream: Upstream, reading: Reading) -> UpstreamNumbers:
+        counters, supervisor = reading.upstream(upstream.digest), self._supervisor
         return UpstreamNumbers(
             cluster=cluster,
             id=upstream.id,
             health=upstream.health,
             admin=upstream.admin,
             is_refused=upstream.is_refused,
-            sessions=self._plane.sessions.counts.get(upstream.digest, 0),
-            idle_connections=len(pool.idle),
-            counters=_copy(pool.counters),
-            probes=_copy(self._prober.counters.get(upstream.id) or ProbeCounters()),
-            open_received_bytes=received,
-            open_sent_bytes=sent,
+            sessions=supervisor.fleet.registry.count(upstream.digest),
+            idle_connections=counters.idle_connections,
+            counters=counters,
+            probes=_copy_probes(supervisor.prober.counters.get(upstream.id) or ProbeCounters()),
         )
 
 
-def _copy(counters: Counters) -> Counters:
-    """Return counters that do not change any more."""
-    copied = type(counters).__new__(type(counters))  # every attribute is set below
-    for name in counters.__slots__:
-        value = getattr(counters, name)
-        if isinstance(value, Histogram):
-            value = _copy_histogram(value)
-        elif isinstance(value, list | Counter):
-            value = value.copy()
-        setattr(copied, name, value)
+def _copy_probes(counters: ProbeCounters) -> ProbeCounters:
+    copied = ProbeCounters()
+    copied.duration = _copy_histogram(counters.duration)
+    copied.outcomes = Counter(counters.outcomes)
     return copied
 
 

@@ -6,17 +6,22 @@ Every change ends in one `publish` of a whole snapshot, so that nobody ever sees
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stickyproxy.affinity.health import HealthEvent, Observed, Thresholds, observe
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, Upstream
+from stickyproxy.config import ConfigErrors, load_text
+from stickyproxy.config.written import write_section
+from stickyproxy.control.certificates import make_upstream_contexts
 from stickyproxy.proxy.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
+    from stickyproxy import config as config_values
     from stickyproxy.config import Address, Config
 
     Publish = Callable[[Snapshot, Mapping[str, Endpoint]], None]
@@ -28,23 +33,42 @@ CLUSTER = "default"
 class Routing:
     """Admin state and health of each upstream of the cluster; `publish` is called with each new snapshot.
 
-    `contexts` are those of the upstreams that TLS is spoken to, by id.
+    `contexts` are those of the upstreams that TLS is spoken to, by id. An upstream that a reload takes out of the
+    configuration is `leaving`: in drain, until nothing of it is in use or its process is gone.
     """
 
     def __init__(self, config: Config, publish: Publish, contexts: Mapping[str, ssl.SSLContext] | None = None) -> None:
         self._publish = publish
+        self._upstreams: tuple[config_values.Upstream, ...] = ()
+        self.leaving: dict[str, config_values.Upstream] = {}
+        """Upstreams that are no longer in the configuration, but still in use, by id."""
+        self.endpoints: dict[str, Endpoint] = {}
+        self._admin: dict[str, AdminState] = {}
+        self.observed: dict[str, Observed] = {}
+        self._thresholds = Thresholds()
+        self._rules = Rules()
+        self._take(config, contexts or {})
+        self.snapshot = self._build()
+        publish(self.snapshot, self.endpoints)
+
+    def _take(self, config: Config, contexts: Mapping[str, ssl.SSLContext]) -> None:
+        """Take in a configuration; what is known of the upstreams that stay is kept."""
+        gone = {one.id: one for one in self._upstreams}
         self._upstreams = config.upstreams
-        contexts = contexts or {}
-        self.endpoints = {
-            one.id: Endpoint(
-                one.address,
-                tls=contexts.get(one.id),
-                server_name=(one.tls.server_name or "") if one.tls is not None else "",
-            )
-            for one in config.upstreams
-        }
-        self._admin = dict.fromkeys(self.endpoints, AdminState.READY)
-        self.observed = dict.fromkeys(self.endpoints, Observed())
+        for one in config.upstreams:
+            gone.pop(one.id, None)
+            if self.leaving.pop(one.id, None) is not None:
+                self._admin[one.id] = AdminState.READY
+            self._admin.setdefault(one.id, AdminState.READY)
+            before = self.endpoints.get(one.id)
+            is_same = before is not None and before.address == one.address
+            if not is_same:
+                self.observed[one.id] = Observed()
+            self.endpoints[one.id] = make_endpoint(one, contexts, before.ip if before is not None and is_same else "")
+        for upstream_id, one in gone.items():
+            self.leaving[upstream_id] = one
+            if self._admin[upstream_id] is AdminState.READY:
+                self._admin[upstream_id] = AdminState.DRAIN
         probe = config.health.probe
         self._thresholds = Thresholds(probe.rise, probe.fall) if probe else Thresholds()
         affinity = config.affinity
@@ -55,8 +79,58 @@ class Routing:
             has_cookie=affinity.cookie is not None,
             uses_client_address=affinity.client_address,
         )
-        self.snapshot = self._build()
-        publish(self.snapshot, self.endpoints)
+
+    def export(self) -> dict[str, Any]:
+        """Return what is known of the upstreams, as JSON, for another process that goes on from it."""
+        return {
+            "admin": dict(self._admin),
+            "observed": {
+                upstream_id: [one.health, one.is_refused, one.streak, one.last_passed]
+                for upstream_id, one in self.observed.items()
+            },
+            "ips": {upstream_id: endpoint.ip for upstream_id, endpoint in self.endpoints.items()},
+            "leaving": [write_section(one) for one in self.leaving.values()],
+        }
+
+    def restore(self, exported: Mapping[str, Any]) -> None:
+        """Go on from what another process knew of the upstreams; what cannot be read is left out."""
+        for written in exported.get("leaving", ()):
+            with suppress(ConfigErrors):
+                for one in load_text(f"upstreams: [{written}]", {}).upstreams:
+                    if one.id not in self.endpoints:
+                        self.leaving[one.id] = one
+                        self._admin[one.id] = AdminState.DRAIN
+                        self.observed[one.id] = Observed()
+                        self.endpoints[one.id] = make_endpoint(one, make_upstream_contexts([one]))
+        for upstream_id, state in exported.get("admin", {}).items():
+            if upstream_id in self._admin and state in tuple(AdminState):
+                self._admin[upstream_id] = AdminState(state)
+        for upstream_id, (health, *rest) in exported.get("observed", {}).items():
+            if upstream_id in self.observed and health in tuple(Health):
+                self.observed[upstream_id] = Observed(Health(health), *rest)
+        for upstream_id, ip in exported.get("ips", {}).items():
+            if upstream_id in self.endpoints:
+                self.endpoints[upstream_id] = replace(self.endpoints[upstream_id], ip=ip)
+        self._renew()
+
+    def reload(self, config: Config, contexts: Mapping[str, ssl.SSLContext]) -> None:
+        """Work by another configuration; upstreams that it keeps keep their admin state and health."""
+        self._take(config, contexts)
+        self._renew()
+
+    def drop(self, upstream_ids: Collection[str]) -> None:
+        """Forget upstreams that were leaving."""
+        for upstream_id in upstream_ids:
+            del self.leaving[upstream_id], self.endpoints[upstream_id], self._admin[upstream_id]
+            del self.observed[upstream_id]
+            logger.info("upstream %s, which is no longer in the configuration, is empty: removed", upstream_id)
+        if upstream_ids:
+            self._renew()
+
+    @property
+    def admin_states(self) -> dict[str, AdminState]:
+        """Return what the operator wants of each upstream, by id."""
+        return dict(self._admin)
 
     def _build(self) -> Snapshot:
         upstreams = tuple(
@@ -68,7 +142,7 @@ class Routing:
                 self.observed[one.id].is_refused,
                 one.max_sessions,
             )
-            for one in self._upstreams
+            for one in (*self._upstreams, *self.leaving.values())
         )
         return Snapshot(CLUSTER, upstreams, self._rules)
 
@@ -100,15 +174,29 @@ class Routing:
     def resolve(self, addresses: Mapping[str, str]) -> None:
         """Take in what the names of upstreams stand for now: IP addresses by id."""
         for upstream_id, ip in addresses.items():
-            self.endpoints[upstream_id] = replace(self.endpoints[upstream_id], ip=ip)
+            if upstream_id in self.endpoints:
+                self.endpoints[upstream_id] = replace(self.endpoints[upstream_id], ip=ip)
         self._publish(self.snapshot, self.endpoints)
 
     def set_admin_state(self, upstream_id: str, state: AdminState) -> None:
-        """Take in what the operator wants of an upstream; raise KeyError where there is none of that id."""
+        """Take in what the operator wants of an upstream; raise KeyError where there is none of that id.
+
+        One that is leaving takes no new client whatever is wanted: ValueError.
+        """
+        if upstream_id in self.leaving and state is AdminState.READY:
+            raise ValueError(f"the upstream {upstream_id!r} is no longer in the configuration; it can only drain")
         if self._admin[upstream_id] is not state:
             self._admin[upstream_id] = state
             logger.info("upstream %s is set to %s", upstream_id, state)
             self._renew()
+
+
+def make_endpoint(
+    upstream: config_values.Upstream, contexts: Mapping[str, ssl.SSLContext], ip: str = ""
+) -> Endpoint:
+    """Return how an upstream is reached; `ip` is what its name stands for, where that is known."""
+    server_name = (upstream.tls.server_name or "") if upstream.tls is not None else ""
+    return Endpoint(upstream.address, ip, tls=contexts.get(upstream.id), server_name=server_name)
 
 
 def _say(observed: Observed) -> str:

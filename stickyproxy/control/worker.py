@@ -1,4 +1,4 @@
-"""A worker: the data plane made from a configuration, its listeners, and its orderly end."""
+"""A worker: the data plane made from a configuration, its listeners, what changes with a reload, and its orderly end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
+from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.sessions import SessionTable
+from stickyproxy.affinity.snapshot import Snapshot
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
+from stickyproxy.observe.access_log import AccessLog
 from stickyproxy.proxy.listener import Listener, Role
 from stickyproxy.proxy.plane import Plane
 from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
 from stickyproxy.wire.cookies import CookieAttributes
+from stickyproxy.wire.frames import GOING_AWAY
 from stickyproxy.wire.head import HeadLimits
 from stickyproxy.wire.origin import OriginRules
 
@@ -23,9 +27,9 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Mapping, Sequence
 
-    from stickyproxy.affinity.health import HealthEvent
     from stickyproxy.config import Address, Config
-    from stickyproxy.observe.record import Record
+    from stickyproxy.observe.table import Table
+    from stickyproxy.proxy.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +104,11 @@ def make_sessions(config: Config, secrets: Sequence[bytes]) -> SessionTable:
 
 
 class Worker:
-    """One data plane with its listeners."""
+    """One data plane with its listeners and its access log.
+
+    `report` takes what was observed of an upstream. The sockets of listeners are given to the worker, which closes
+    them; the files of Unix sockets are not its own.
+    """
 
     def __init__(
         self,
@@ -109,37 +117,112 @@ class Worker:
         *,
         connections: float = OFF,
         report: Callable[[str, HealthEvent], None],
-        log: Callable[[Record], None] | None,
+        table: Table | None = None,
     ) -> None:
-        self._config = config
+        self.config = config
+        self._report_on = report
+        self.access_log: AccessLog | None = None
+        self._set_access_log(config)
         self.plane = Plane(
             make_settings(config, connections),
             make_sessions(config, secrets),
-            report=report,
+            report=self._report,
             random=random.SystemRandom().random,
-            log=log,
+            log=self.access_log.write if self.access_log is not None else None,
+            table=table,
         )
-        self.listeners: list[Listener] = []
+        self.listeners: dict[Address, Listener] = {}
 
-    async def listen(
-        self, bound: Sequence[tuple[Address, socket.socket]], contexts: Mapping[int, ssl.SSLContext] | None = None
+    def _set_access_log(self, config: Config) -> None:
+        """Begin to write the access log that the configuration asks for; raise UsageError where it cannot be opened."""
+        log = AccessLog(config.access_log) if config.access_log is not None else None
+        if log is not None:
+            log.start()
+        before, self.access_log = self.access_log, log
+        if before is not None:
+            before.close()
+
+    def add_listeners(
+        self, bound: Mapping[Address, socket.socket], contexts: Mapping[Address, ssl.SSLContext] | None = None
     ) -> None:
-        """Begin to accept on sockets that are bound already, one for each listener of the configuration.
+        """Take sockets that are bound already, by the addresses of the configuration; nobody is accepted yet.
 
-        `contexts` are those of the listeners with TLS, by position.
+        `contexts` are those of the listeners with TLS.
         """
         contexts = contexts or {}
-        for position, ((address, link), written) in enumerate(zip(bound, self._config.listeners, strict=True)):
-            role = Role(contexts.get(position), written.proxy_protocol, written.redirect_to_https)
-            self.listeners.append(Listener(self.plane, link, address, role))
-        self.plane.gate.listeners = self.listeners
-        for listener in self.listeners:
+        for written in self.config.listeners:
+            link = bound.get(written.address)
+            if link is not None:
+                role = Role(contexts.get(written.address), written.proxy_protocol, written.redirect_to_https)
+                self.listeners[written.address] = Listener(self.plane, link, written.address, role)
+
+    async def accept(self) -> None:
+        """Begin to accept on all listeners, or on those that were added."""
+        self.plane.gate.listeners = list(self.listeners.values())
+        for listener in self.plane.gate.listeners:
             await listener.start()
 
-    def renew(self, position: int, context: ssl.SSLContext) -> None:
-        """Let a listener, by position, use another TLS context from its next connection on."""
-        listener = self.listeners[position]
-        listener.role = replace(listener.role, tls=context)
+    def pause(self) -> None:
+        """Accept nobody for now; `accept` goes on."""
+        self.plane.gate.listeners = []
+        for listener in self.listeners.values():
+            listener.pause()
+
+    def stop_accepting(self) -> None:
+        """Accept nobody any more; what is open goes on."""
+        listeners, self.listeners = self.listeners, {}
+        self.plane.gate.listeners = []
+        for listener in listeners.values():
+            listener.close()
+
+    def reload(
+        self,
+        config: Config,
+        secrets: Sequence[bytes],
+        *,
+        connections: float,
+        contexts: Mapping[Address, ssl.SSLContext],
+    ) -> None:
+        """Work by another configuration from now on; what is open stays. Raises UsageError, with nothing changed.
+
+        Listeners that it does not name any more are closed; new ones are added by `add_listeners`.
+        """
+        if config.access_log != self.config.access_log:
+            self._set_access_log(config)
+            self.plane.log = self.access_log.write if self.access_log is not None else None
+        self.config = config
+        self.plane.change_settings(make_settings(config, connections))
+        self.plane.sessions.adopt(make_sessions(config, secrets))
+        written = {one.address: one for one in config.listeners}
+        for address in self.listeners.keys() - written.keys():
+            self.listeners.pop(address).close()
+        for address, listener in self.listeners.items():
+            one = written[address]
+            listener.change_role(Role(contexts.get(address), one.proxy_protocol, one.redirect_to_https))
+        self.plane.gate.listeners = list(self.listeners.values())
+
+    def renew(self, address: Address, context: ssl.SSLContext) -> None:
+        """Let a listener use another TLS context from its next connection on; nothing where it is gone."""
+        listener = self.listeners.get(address)
+        if listener is not None:
+            listener.change_role(replace(listener.role, tls=context))
+
+    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
+        """Take a new routing state."""
+        self._endpoints = endpoints
+        self.plane.publish(snapshot, endpoints)
+
+    def _report(self, upstream_id: str, event: HealthEvent) -> None:
+        """Report what was observed, and act at once on what cannot wait until the answer comes: a dead upstream."""
+        if event in {HealthEvent.REFUSED, HealthEvent.CONNECTED}:
+            before = self.plane.snapshot
+            is_refused = event is HealthEvent.REFUSED
+            upstreams = tuple(
+                replace(one, is_refused=is_refused) if one.id == upstream_id else one for one in before.upstreams
+            )
+            if upstreams != before.upstreams:
+                self.plane.publish(Snapshot(before.cluster, upstreams, before.rules), self._endpoints)
+        self._report_on(upstream_id, event)
 
     async def drain(self, grace_s: float) -> None:
         """Accept nobody any more, let exchanges finish, and close tunnels one after the other over half of the grace.
@@ -147,19 +230,10 @@ class Worker:
         Returns when nothing is open any more, or after `grace_s` seconds; the rest is cut by `close`.
         """
         plane, loop = self.plane, self.plane.loop
-        self._stop_listening()
+        self.stop_accepting()
         plane.stop()
         until = loop.time() + grace_s
-        tunnels = tuple(plane.tunnels)
-        # Paced, so that the clients of thousands of tunnels do not all reconnect in the same moment; the other half
-        # is for them to answer the Close frame.
-        pause_s = grace_s / 2 / len(tunnels) if tunnels else 0.0
-        began = loop.time()
-        for number, tunnel in enumerate(tunnels):
-            delay_s = began + number * min(pause_s, _TUNNEL_PAUSE_S) - loop.time()
-            if delay_s > 0:
-                await asyncio.sleep(delay_s)
-            tunnel.shut()
+        await self.shut_tunnels(grace_s / 2)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await plane.wait_until_empty()
@@ -170,17 +244,27 @@ class Worker:
                 len(plane.downstreams),
             )
 
+    async def shut_tunnels(self, over_s: float, code: int = GOING_AWAY, reason: str = "the proxy is going away") -> None:
+        """Send each tunnel that is open now a Close frame, one after the other, within `over_s` seconds.
+
+        Paced, so that the clients of thousands of tunnels do not all reconnect in the same moment; as much time again
+        is for them to answer.
+        """
+        loop, tunnels = self.plane.loop, tuple(self.plane.tunnels)
+        pause_s = min(over_s / len(tunnels), _TUNNEL_PAUSE_S) if tunnels else 0.0
+        began = loop.time()
+        for number, tunnel in enumerate(tunnels):
+            delay_s = began + number * pause_s - loop.time()
+            if delay_s > 0:
+                await asyncio.sleep(delay_s)
+            tunnel.shut(code, reason)
+
     async def close(self) -> None:
         """End everything at once, and return when each connection that was cut has been counted and logged."""
-        self._stop_listening()
+        self.stop_accepting()
         self.plane.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 await self.plane.wait_until_empty()
-
-    def _stop_listening(self) -> None:
-        """Close each listener once: by the second time, its Unix socket may be another proxy's."""
-        listeners, self.listeners = self.listeners, []
-        self.plane.gate.listeners = []
-        for listener in listeners:
-            listener.close()
+        if self.access_log is not None:
+            self.access_log.close()

@@ -7,7 +7,7 @@ other, `write_metrics`, writes the text from that copy alone, and so may run in 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from platform import python_version
 from typing import TYPE_CHECKING, Final
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from stickyproxy.affinity.snapshot import AdminState, Health
 from stickyproxy.observe.counters import (
+    HANDED_OVER,
     HANDSHAKE_OUTCOMES,
     METHOD_NAMES,
     STATUS_CLASSES,
@@ -30,23 +31,18 @@ from stickyproxy.observe.counters import (
 from stickyproxy.wire.frames import OPCODES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from prometheus_client import Metric
 
 _UPSTREAM: Final = ("cluster", "upstream")
-# RFC 6455, section 7.4.1, and the IANA registry of close codes: 1012 to 1014 were added later.
-_REGISTERED_CLOSES: Final = range(1000, 1016)
-_PRIVATE_CLOSES: Final = {3: "3xxx", 4: "4xxx"}  # registered by libraries; for applications
+RELOAD_OUTCOMES: Final = ("ok", "failed", "unchanged")
+UPGRADE_OUTCOMES: Final = ("ok", "failed")
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamNumbers:
-    """The numbers of one upstream at one moment.
-
-    `counters` and `probes` are copies that nobody changes. `open_received_bytes` and `open_sent_bytes` are those of
-    the tunnels that are still open: `counters` holds only the ended ones.
-    """
+    """The numbers of one upstream at one moment; `counters` and `probes` are copies that nobody changes."""
 
     cluster: str
     id: str
@@ -57,8 +53,6 @@ class UpstreamNumbers:
     idle_connections: int
     counters: UpstreamCounters
     probes: ProbeCounters
-    open_received_bytes: int = 0
-    open_sent_bytes: int = 0
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -72,7 +66,9 @@ class Numbers:
 
     `affinity`, `handshakes`, `name_lookups` and `certificate_reloads` are by outcome and `breaks` by reason; `guarded`
     says of each cluster whether it serves although no upstream is healthy; `certificates` are the times at which they
-    expire, in seconds since 1970, by listener and file.
+    expire, in seconds since 1970, by listener and file. `event_loop_lag` is by kind of process. `ticks` says of each
+    worker how many seconds ago its loop last ticked; `reloads` and `upgrades` are by outcome, `reloaded_at` is the
+    time since 1970 of the last configuration that was taken, and `handed_over` counts connections and tunnels.
     """
 
     version: str
@@ -84,13 +80,20 @@ class Numbers:
     downstream_connections: int
     downstream_connections_total: int
     access_log_dropped: int
-    event_loop_lag: Histogram
+    event_loop_lag: Mapping[str, Histogram]
     handshakes: Mapping[str, int]
     is_accepting: bool
     accept_pauses: int
     name_lookups: Mapping[str, int]
     certificate_reloads: Mapping[str, int]
     certificates: Mapping[tuple[str, str], float]
+    workers: int = 0
+    worker_restarts: int = 0
+    ticks: Mapping[str, float] = field(default_factory=dict)
+    reloads: Mapping[str, int] = field(default_factory=dict)
+    reloaded_at: float | None = None
+    upgrades: Mapping[str, int] = field(default_factory=dict)
+    handed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 class NumbersCollector(Collector):
@@ -109,6 +112,7 @@ class NumbersCollector(Collector):
         yield from _name_probes(numbers.upstreams)
         yield from _name_connections(numbers)
         yield from _name_certificates(numbers)
+        yield from _name_workers(numbers)
         yield from _name_proxy(numbers)
 
 
@@ -199,7 +203,7 @@ def _name_exchanges(numbers: Numbers) -> Iterator[Metric]:
 
 def _name_affinity(numbers: Numbers) -> Iterator[Metric]:
     affinity = _counter("affinity", "Exchanges, by how their upstream was found.", "outcome")
-    for outcome, count in numbers.affinity.items():
+    for outcome, count in {"hit": 0, **numbers.affinity}.items():
         affinity.add_metric((outcome,), count)
     yield affinity
     breaks = _counter("affinity_breaks", "Pins that were broken: the client was moved and lost its session.", "reason")
@@ -249,36 +253,23 @@ def _name_tunnels(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
         is_open.add_metric(labels, counters.tunnels_open)
         opened.add_metric(labels, counters.tunnels)
         _add(duration, labels, counters.tunnel_duration)
-        size.add_metric((*labels, "received"), counters.tunnel_received_bytes + upstream.open_received_bytes)
-        size.add_metric((*labels, "sent"), counters.tunnel_sent_bytes + upstream.open_sent_bytes)
+        size.add_metric((*labels, "received"), counters.tunnel_received_bytes)
+        size.add_metric((*labels, "sent"), counters.tunnel_sent_bytes)
         for direction, counts in (("received", counters.frames_received), ("sent", counters.frames_sent)):
             for opcode, count in _by_opcode(counts).items():
                 frames.add_metric((*labels, direction, opcode), count)
-        for (initiator, code, cause), count in _by_close(counters).items():
+        for (initiator, code, cause), count in counters.closes.items():
             closes.add_metric((*labels, initiator, code, cause), count)
     yield from (is_open, opened, duration, size, frames, closes)
 
 
-def _by_opcode(counts: list[int]) -> Counter[str]:
+def _by_opcode(counts: Sequence[int]) -> Counter[str]:
     """Return frame counts by the name of their opcode; reserved opcodes share one."""
     named: Counter[str] = Counter()
     for opcode, count in enumerate(counts):
         if count:
             named[OPCODES.get(opcode, "other")] += count
     return named
-
-
-def _by_close(counters: UpstreamCounters) -> Counter[tuple[str, str, str]]:
-    """Return the ends of tunnels with the codes folded: anybody may send any, and labels are a closed set."""
-    named: Counter[tuple[str, str, str]] = Counter()
-    for (initiator, code, cause), count in counters.closes.items():
-        named[initiator, name_close_code(code), cause] += count
-    return named
-
-
-def name_close_code(code: int) -> str:
-    """Return the label of a close code: the number of a registered one, else 3xxx, 4xxx or other."""
-    return str(code) if code in _REGISTERED_CLOSES else _PRIVATE_CLOSES.get(code // 1000, "other")
 
 
 def _name_upstreams(numbers: Numbers) -> Iterator[Metric]:
@@ -357,6 +348,42 @@ def _name_certificates(numbers: Numbers) -> Iterator[Metric]:
     yield ends
 
 
+def _name_workers(numbers: Numbers) -> Iterator[Metric]:
+    running = _gauge("workers", "Workers that are running.")
+    running.add_metric((), numbers.workers)
+    yield running
+    restarts = _counter("worker_restarts", "Workers that ended unasked and were replaced.")
+    restarts.add_metric((), numbers.worker_restarts)
+    yield restarts
+    ticks = _gauge(
+        "worker_last_tick_age_seconds",
+        "Seconds since the event loop of a worker last ticked, which it does every 0.25 s.",
+        "worker",
+    )
+    for worker, age_s in numbers.ticks.items():
+        ticks.add_metric((worker,), age_s)
+    yield ticks
+    reloads = _counter("reloads", "Times that the configuration was read again, by outcome.", "outcome")
+    for outcome in RELOAD_OUTCOMES:
+        reloads.add_metric((outcome,), numbers.reloads.get(outcome, 0))
+    yield reloads
+    reloaded_at = _gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the configuration in use was read, in seconds since 1970.",
+    )
+    if numbers.reloaded_at is not None:
+        reloaded_at.add_metric((), numbers.reloaded_at)
+    yield reloaded_at
+    upgrades = _counter("upgrades", "Times that the program was to be replaced by another, by outcome.", "outcome")
+    for outcome in UPGRADE_OUTCOMES:
+        upgrades.add_metric((outcome,), numbers.upgrades.get(outcome, 0))
+    yield upgrades
+    handed_over = _counter("handed_over", "What workers handed over to others that took their place, by kind.", "kind")
+    for kind in HANDED_OVER:
+        handed_over.add_metric((kind,), numbers.handed_over.get(kind, 0))
+    yield handed_over
+
+
 def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
     lookups = _counter("name_lookups", "Look-ups of the names of upstreams, by outcome.", "outcome")
     for outcome, count in numbers.name_lookups.items():
@@ -365,8 +392,11 @@ def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
     dropped = _counter("access_log_dropped", "Lines of the access log that were dropped: nobody took them in time.")
     dropped.add_metric((), numbers.access_log_dropped)
     yield dropped
-    lag = _histogram("event_loop_lag_seconds", "Seconds that a timer of the event loop fired late, every 0.5 s.")
-    _add(lag, (), numbers.event_loop_lag)
+    lag = _histogram(
+        "event_loop_lag_seconds", "Seconds that a timer of the event loop fired late, two or four times each second.", "process"
+    )
+    for process, histogram in numbers.event_loop_lag.items():
+        _add(lag, (process,), histogram)
     yield lag
     yield InfoMetricFamily(
         "stickyproxy_build",

@@ -22,6 +22,7 @@ from typing_extensions import override
 from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.exchange import Exchange
+from stickyproxy.proxy.handover import DownstreamState
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
 from stickyproxy.proxy.socket_state import count_taken, is_queued
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
@@ -53,7 +54,6 @@ class Downstream(asyncio.Protocol):
         "_is_kept",
         "_is_lingering",
         "_is_next_due",
-        "_listener",
         "_pieces",
         "_taken",
         "deadline",
@@ -61,6 +61,7 @@ class Downstream(asyncio.Protocol):
         "forwarded",
         "is_blocked",
         "is_paused",
+        "listener",
         "plane",
         "transport",
     )
@@ -70,7 +71,7 @@ class Downstream(asyncio.Protocol):
 
     def __init__(self, plane: Plane, listener: Listener, header: ProxyHeader | None = None) -> None:
         self.plane = plane
-        self._listener = listener
+        self.listener = listener
         self._header = header
         self.exchange: Exchange | None = None
         self.deadline = math.inf
@@ -87,19 +88,25 @@ class Downstream(asyncio.Protocol):
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        self.forwarded = self._listener.forwarded_writer(transport, self._header)
         plane = self.plane
-        plane.downstreams.add(self)
-        self.transport.set_write_buffer_limits(plane.settings.buffer_bytes)
         self.deadline = plane.now + plane.settings.timeouts.head_s
-        is_admitted = plane.addresses.admit(self.forwarded.origin)
-        plane.on_accepted()
+        is_admitted = self._join(cast("asyncio.Transport", transport))
         if plane.is_stopping:
             self.transport.close()
         elif not is_admitted:
             self.refuse(RequestError("too many connections from one address", status=503,
                                      proxy_status="http_request_denied"))  # fmt: skip
+
+    def _join(self, transport: asyncio.Transport) -> bool:
+        """Count the connection; say whether its address may have one more."""
+        plane = self.plane
+        self.transport = transport
+        self.forwarded = self.listener.forwarded_writer(transport, self._header)
+        plane.downstreams.add(self)
+        transport.set_write_buffer_limits(plane.settings.buffer_bytes)
+        is_admitted = plane.addresses.admit(self.forwarded.origin)
+        plane.on_accepted()
+        return is_admitted
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -155,7 +162,7 @@ class Downstream(asyncio.Protocol):
         if head.is_upgrade and end > self.plane.settings.handshake_bytes:
             self.refuse(RequestError("the head of the WebSocket handshake is too large", status=431))
             return
-        port = self._listener.role.redirect_to_https
+        port = self.listener.role.redirect_to_https
         if port is not None:
             self._redirect(head, port, data[end:])
             return
@@ -194,6 +201,10 @@ class Downstream(asyncio.Protocol):
         elif self._pieces > MAX_PIECES:
             self.refuse(RequestError("the request head came in too many pieces"))
 
+    def change_settings(self) -> None:
+        """Read the next request by the settings that the plane has now."""
+        self._heads = RequestHeadReader(self.plane.settings.head, self.plane.cookie_reader)
+
     def refuse(self, error: ExchangeError) -> None:
         """Answer what is no request, and close: nothing that follows on the connection can be understood."""
         plane = self.plane
@@ -226,6 +237,9 @@ class Downstream(asyncio.Protocol):
             self._is_kept = True
             if self._held:
                 self.deadline = plane.now + plane.settings.timeouts.head_s
+            if plane.on_idle is not None and plane.on_idle(self):
+                return
+            if self._held:
                 self._begin_next_soon()
             elif self._eof:
                 self._close()
@@ -344,6 +358,59 @@ class Downstream(asyncio.Protocol):
             self.exchange.on_client_lost()
             self.exchange = None
         self.plane.on_closed(self.forwarded.origin)
+
+    @property
+    def transports(self) -> tuple[asyncio.Transport, ...]:
+        """Return the transport, as that of a tunnel's sides."""
+        return (self.transport,)
+
+    @property
+    def is_ending(self) -> bool:
+        """Say whether the connection ends, if not at once, then with its exchange."""
+        return self._is_lingering or self._eof or self.transport.is_closing()
+
+    @property
+    def may_leave(self) -> bool:
+        """Say whether another process could go on: the connection stands between two exchanges, and all is sent."""
+        is_at_work = self.exchange is not None or self._is_next_due or self.is_blocked
+        return not (is_at_work or self.is_ending or self.is_tls or self.transport.get_write_buffer_size())
+
+    def leave(self) -> None:
+        """Do nothing more: another process goes on. What is counted stays so until `release`."""
+        self.plane.downstreams.discard(self)
+
+    def export(self, _unsent_bytes: int = 0) -> DownstreamState:
+        """Return where the connection stands; nothing of it is unsent."""
+        return DownstreamState(
+            listener=str(self.listener.address),
+            header=self._header,
+            held=bytes(self._held or b""),
+            pieces=self._pieces,
+            is_kept=self._is_kept,
+            left_s=max(0.0, self.deadline - self.plane.now),
+        )
+
+    def go_on(self, transport: asyncio.Transport, state: DownstreamState) -> None:
+        """Take over a connection from another process; it is not read yet."""
+        self._join(transport)
+        self._is_kept = state.is_kept
+        self.deadline = deadline = self.plane.now + state.left_s
+        if state.held:
+            self.data_received(state.held)
+        if not state.held or (self._held is not None and self.exchange is None):  # it waits on as it did
+            self._pieces, self.deadline = state.pieces, deadline
+        if not self.is_paused:
+            transport.resume_reading()
+        if self.plane.is_stopping:
+            self.stop()
+
+    def release(self) -> None:
+        """Count the connection no more."""
+        self.plane.on_closed(self.forwarded.origin)
+
+    def lose(self) -> None:
+        """Count a connection as ended that nobody could go on with."""
+        self.release()
 
     def become_tunnel(self) -> bytes:
         """Part from the connection, which a tunnel takes over; return what the client has sent already."""

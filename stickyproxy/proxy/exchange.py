@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import ssl
-from time import perf_counter
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -23,6 +23,7 @@ from typing_extensions import override
 from stickyproxy.affinity.choose import Outcome
 from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
+from stickyproxy.observe.counters import AFFINITY, HITS, NS, RECEIVED_BYTES, SENT_BYTES
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.placement import Placement
 from stickyproxy.proxy.relay import Relay
@@ -101,7 +102,7 @@ class Exchange:
         self.request_id = downstream.forwarded.request_id(head) or plane.new_request_id()
         self.is_reading_request = False
         self._place = Placement(plane, head, downstream.forwarded)
-        self._started_at = self._sent_at = perf_counter()
+        self._started_at = self._sent_at = perf_counter_ns()
         self._connection: UpstreamConnection | None = None
         self._attempts = 0
         self._request: Relay | None = None
@@ -173,7 +174,7 @@ class Exchange:
         """Send the head and what there is of the body."""
         self._connection = connection
         connection.exchange = self
-        self._sent_at = perf_counter()
+        self._sent_at = perf_counter_ns()
         connection.transport.write(
             write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
         )
@@ -233,17 +234,19 @@ class Exchange:
         connection.reads_head = False
         self._response_head = head
         self._status = head.status
-        pool.counters.response.observe(perf_counter() - self._sent_at)
+        pool.counters.observe_response(perf_counter_ns() - self._sent_at)
         if self.is_reading_request:
             self._keep_alive = False  # the rest of the body may never come
         length = head.length
         is_chunked = length < 0 and not self.head.is_http_10
-        if (length < 0 and not is_chunked) or self.plane.is_stopping:
+        plane = self.plane
+        is_last = plane.is_stopping or (plane.is_leaving and self.downstream.is_tls)
+        if (length < 0 and not is_chunked) or is_last:
             self._keep_alive = False
         out = self._write_response_head(head, is_chunked=is_chunked)
         if length == len(rest):  # the common case: all of it is here
             self.downstream.transport.write(out + rest if length else out)
-            pool.counters.sent_bytes += length
+            pool.counters.cells[SENT_BYTES] += length
             self._finish(is_reusable=head.keep_alive)
         elif length == 0:  # and yet something came
             self.downstream.transport.write(out)
@@ -298,7 +301,7 @@ class Exchange:
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
         self._drop_cookies(head)
         downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
-        pool.counters.response.observe(perf_counter() - self._sent_at)
+        pool.counters.observe_response(perf_counter_ns() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
         tunnel = Tunnel(self.plane, pool, place.hold_tunnel(), record, downstream.forwarded.origin)
         self._connection = connection.exchange = None
@@ -358,19 +361,19 @@ class Exchange:
             counters = plane.counters.none
         else:
             counters = pool.counters
-            counters.attempts[attempt] += 1
+            counters.count_attempt(attempt)
             place.leave()
         if place.outcome is Outcome.HIT:
-            plane.counters.hits += 1
+            plane.counters.cells[HITS] += 1
         else:
-            plane.counters.affinity[place.outcome] += 1
+            plane.counters.cells[AFFINITY[place.outcome]] += 1
         if self._request is not None:
-            counters.received_bytes += self._request.relayed_bytes
+            counters.cells[RECEIVED_BYTES] += self._request.relayed_bytes
         if self._response is not None:
-            counters.sent_bytes += self._response.relayed_bytes
+            counters.cells[SENT_BYTES] += self._response.relayed_bytes
         counters.count_exchange(self.head.method, self._status)
         if self._status != _SWITCHING:
-            counters.duration.observe(perf_counter() - self._started_at)
+            counters.observe_duration(perf_counter_ns() - self._started_at)
 
     def _describe(self) -> Record:
         head, place = self.head, self._place
@@ -385,7 +388,7 @@ class Exchange:
             upstream="" if place.pool is None else place.pool.upstream_id,
             affinity=place.outcome,
             attempts=self._attempts,
-            duration_s=perf_counter() - self._started_at,
+            duration_s=(perf_counter_ns() - self._started_at) / NS,
             received_bytes=0 if self._request is None else self._request.relayed_bytes,
             sent_bytes=self._sent_bytes,
             referer=find_field(head.section, b"referer"),
@@ -449,7 +452,7 @@ class Exchange:
             self._on_unreachable(pool, "tls" if is_alive or isinstance(error, ssl.SSLError) else "error")
 
     def _on_unreachable(self, pool: Pool, outcome: str) -> None:
-        pool.counters.attempts[outcome] += 1
+        pool.counters.count_attempt(outcome)
         if self._is_over:
             return
         if self._place.is_pinned and outcome in _NOT_DEAD:
@@ -490,7 +493,7 @@ class Exchange:
     def _retry(self) -> None:
         pool = self._place.pool
         if pool is not None:
-            pool.counters.attempts["closed"] += 1
+            pool.counters.count_attempt("closed")
             self._attempts += 1
             spawn(self._dial(pool), "dial again")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
+from stickyproxy.observe.counters import ACCEPT_PAUSES
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -24,14 +25,16 @@ _EVICTED_PART: Final = 1 / 8  # of the connections, as many idle ones are closed
 
 
 class Gate:
-    """Opens and closes the listeners of a data plane together; `pauses` counts how often it was closed."""
+    """Opens and closes the listeners of a data plane together."""
 
-    def __init__(self, plane: Plane, limit: float) -> None:
+    def __init__(self, plane: Plane) -> None:
         self._plane = plane
-        self._limit = limit
         self.listeners: list[Listener] = []
         self.is_open = True
-        self.pauses = 0
+
+    @property
+    def _limit(self) -> float:
+        return self._plane.settings.connections
 
     @property
     def has_room(self) -> bool:
@@ -42,7 +45,7 @@ class Gate:
         """Close the gate when the last place was taken."""
         if self.is_open and not self.has_room:
             self.is_open = False
-            self.pauses += 1
+            self._plane.counters.cells[ACCEPT_PAUSES] += 1
             logger.warning("%d clients are connected, as many as may be: others wait", self._plane.connections)
             for listener in self.listeners:
                 listener.pause()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
+from stickyproxy.observe.counters import HANDSHAKES
 from stickyproxy.proxy.downstream import Downstream
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.proxy_protocol import V2_MAX_BYTES, ProxyHeaderError, parse_proxy_header
@@ -41,7 +42,7 @@ class Handshake(asyncio.Protocol):
         self._header: ProxyHeader | None = None
         self._is_securing = False
         self._is_layered = False  # what comes now comes out of the TLS layer
-        self._origin: ConnectionOrigin | None = None  # counted until somebody else does
+        self.origin: ConnectionOrigin | None = None  # counted until somebody else does
         self.deadline = plane.now + plane.settings.timeouts.tls_handshake_s
         self.transport: asyncio.Transport
 
@@ -79,7 +80,7 @@ class Handshake(asyncio.Protocol):
     def _refuse(self, reason: str) -> None:
         address = self._listener.peer_address(self.transport)
         logger.warning("PROXY protocol: connection from %s to %s refused: %s", address, self._listener.address, reason)
-        self._plane.counters.handshakes["proxy_protocol_refused"] += 1
+        self._plane.counters.cells[HANDSHAKES["proxy_protocol_refused"]] += 1
         self.transport.abort()
 
     def _go_on(self) -> None:
@@ -87,8 +88,8 @@ class Handshake(asyncio.Protocol):
         plane, tls = self._plane, self._listener.role.tls
         if tls is not None:
             # A client with too many connections is answered with 503; one that goes on is spared the handshake.
-            self._origin = self._listener.forwarded_writer(self.transport, self._header).origin
-            if not plane.addresses.admit(self._origin, times=_FLOOD):
+            self.origin = self._listener.forwarded_writer(self.transport, self._header).origin
+            if not plane.addresses.admit(self.origin, times=_FLOOD):
                 self.transport.abort()
                 return
             self._is_securing = True
@@ -118,7 +119,7 @@ class Handshake(asyncio.Protocol):
         if transport is None or transport.get_extra_info("cipher") is None:
             self._fail("closed")  # by the proxy itself: uvloop does not call that a failure
             return
-        plane.counters.handshakes["tls_completed"] += 1
+        plane.counters.cells[HANDSHAKES["tls_completed"]] += 1
         if not (transport.is_closing() or self.transport.is_closing()):
             # While nothing is read of it, the layer must not read on: at an end of file it drops what it holds.
             transport.set_read_buffer_limits(1)  # type: ignore[attr-defined]  # of uvloop
@@ -139,7 +140,7 @@ class Handshake(asyncio.Protocol):
             layer.buffer_updated(size)  # type: ignore[attr-defined]
 
     def _fail(self, reason: str) -> None:
-        self._plane.counters.handshakes["tls_failed"] += 1
+        self._plane.counters.cells[HANDSHAKES["tls_failed"]] += 1
         logger.debug("TLS handshake with %s failed: %s", self._listener.peer_address(self.transport), reason)
         self._end()
 
@@ -148,8 +149,8 @@ class Handshake(asyncio.Protocol):
         downstream = Downstream(self._plane, self._listener, self._header)
         transport.set_protocol(downstream)
         self._plane.handshakes.discard(self)
-        if self._origin is not None:
-            self._plane.addresses.release(self._origin)
+        if self.origin is not None:
+            self._plane.addresses.release(self.origin)
         downstream.connection_made(transport)
         if self._held:
             downstream.data_received(bytes(self._held))
@@ -157,7 +158,7 @@ class Handshake(asyncio.Protocol):
     def _end(self) -> None:
         if self in self._plane.handshakes:  # a failed handshake ends twice: for the task, and for the connection
             self._plane.handshakes.discard(self)
-            self._plane.on_closed(self._origin)
+            self._plane.on_closed(self.origin)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stickyproxy.errors import UsageError
+from stickyproxy.observe.counters import CONNECTIONS
 from stickyproxy.proxy.downstream import Downstream
 from stickyproxy.proxy.handshake import Handshake
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter, is_in
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 4096  # a thousand clients that reconnect at once must not be refused
 _MAX_WRITERS: Final = 4096
 # Since Python 3.13 the end of a server removes its socket: a pause would.
-_UNIX_OPTIONS: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+UNIX_OPTIONS: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _UNKNOWN: Final = "unknown"  # RFC 7239, section 6.2
 
 
@@ -117,7 +118,7 @@ class Listener:
         # The server gets a descriptor of its own: it closes it, and the socket with its queue stays for the next one.
         link = self._link.dup()
         if self.address.path:
-            self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG, **_UNIX_OPTIONS)
+            self._server = await loop.create_unix_server(self._accept, sock=link, backlog=_BACKLOG, **UNIX_OPTIONS)
         else:
             self._server = await loop.create_server(self._accept, sock=link, backlog=_BACKLOG)
         if not self._may_accept:  # meanwhile
@@ -129,10 +130,15 @@ class Listener:
 
     def _accept(self) -> asyncio.BaseProtocol:
         role = self.role
-        self._plane.counters.connections += 1
+        self._plane.counters.cells[CONNECTIONS] += 1
         if role.tls is None and not role.proxy_protocol:
             return Downstream(self._plane, self)
         return Handshake(self._plane, self)
+
+    def change_role(self, role: Role) -> None:
+        """Be for something else from the next connection on; what the settings say of clients is looked at anew."""
+        self.role = role
+        self._writers.clear()
 
     def pause(self) -> None:
         """Accept nobody for now; who connects waits in the kernel's queue until `start`."""
@@ -148,12 +154,10 @@ class Listener:
         return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Accept nobody any more; connections already open go on."""
+        """Accept nobody any more; connections already open go on. The file of a Unix socket is its owner's to remove."""
         self._is_closed = True
         self.pause()
         self._link.close()
-        if self.address.path:
-            Path(self.address.path).unlink(missing_ok=True)
 
     def forwarded_writer(self, transport: asyncio.BaseTransport, header: ProxyHeader | None = None) -> ForwardedWriter:
         """Return what writes the fields about the client of a connection; shared by all from one address.

@@ -7,6 +7,7 @@ The Pong is taken out of the stream: the other side never asked for it.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -18,6 +19,24 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.tunnel import Side
 
 _PREFIX_BYTES: Final = 8  # random, so that nobody else's Pong can be taken for ours
+
+
+@dataclass(frozen=True, slots=True)
+class PulseState:
+    """What is known of the life of one side, in seconds before now; `pinged_s` is None while no Ping is unanswered."""
+
+    silent_s: float = 0.0
+    heard_bytes: int = 0
+    pinged_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PingerState:
+    """Where the Pings of a tunnel stand; `prefix` is empty while none was sent."""
+
+    prefix: bytes = b""
+    client: PulseState = PulseState()
+    upstream: PulseState = PulseState()
 
 
 class _Pulse:
@@ -37,6 +56,16 @@ class _Pulse:
         if is_answered or side.received_bytes != self.heard_bytes or not side.transport.is_reading():
             self.heard_at, self.heard_bytes, self.pinged_at = now, side.received_bytes, None
 
+    def export(self, now: float) -> PulseState:
+        """Return what is known."""
+        pinged_s = None if self.pinged_at is None else max(0.0, now - self.pinged_at)
+        return PulseState(max(0.0, now - self.heard_at), self.heard_bytes, pinged_s)
+
+    def go_on_from(self, state: PulseState, now: float) -> None:
+        """Go on with what another process knew."""
+        self.heard_at, self.heard_bytes = now - state.silent_s, state.heard_bytes
+        self.pinged_at = None if state.pinged_s is None else now - state.pinged_s
+
 
 class Pinger:
     """The Pings of one tunnel."""
@@ -49,6 +78,16 @@ class Pinger:
         self._client = _Pulse(now)
         self._upstream = _Pulse(now)
 
+    def export(self, now: float) -> PingerState:
+        """Return where the Pings stand."""
+        return PingerState(self._prefix, self._client.export(now), self._upstream.export(now))
+
+    def go_on_from(self, state: PingerState, now: float) -> None:
+        """Go on where those of another process stand, so that a Ping already sent has its time, and not more."""
+        self._prefix = state.prefix
+        self._client.go_on_from(state.client, now)
+        self._upstream.go_on_from(state.upstream, now)
+
     def sweep(self, client: Side, upstream: Side, now: float) -> Side | None:
         """Send the Pings that are due; return a side that has not answered one in time, if there is any."""
         for side, other, pulse in ((client, upstream, self._client), (upstream, client, self._upstream)):
@@ -58,6 +97,8 @@ class Pinger:
             if pulse.pinged_at is not None:
                 if now - pulse.pinged_at >= self._pings.timeout_s:
                     return side
+            elif other.is_eof:
+                continue  # nothing can be sent to the side any more
             elif now - pulse.heard_at >= self._pings.interval_s and other.scanner.is_at_boundary:
                 self._ping(side, is_upstream=side is upstream)
                 pulse.pinged_at = now
@@ -68,7 +109,7 @@ class Pinger:
         if side.filter is None:
             side.filter = PongFilter(self._prefix, side.scanner)
         side.filter.pongs = 0
-        side.transport.write(write_ping(self._prefix, mask=os.urandom(4) if is_upstream else None))
+        side.tunnel.say(side, write_ping(self._prefix, mask=os.urandom(4) if is_upstream else None))
 
     @override
     def __repr__(self) -> str:

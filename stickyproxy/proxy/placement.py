@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stickyproxy.affinity.choose import Outcome, Question, choose
 from stickyproxy.errors import UpstreamUnavailable
+from stickyproxy.observe.counters import BREAKS, IN_FLIGHT
 from stickyproxy.wire.cookies import is_shared_cacheable
 from stickyproxy.wire.forwarded import client_address
 from stickyproxy.wire.headers import find_field
@@ -91,7 +92,7 @@ class Placement:
             self._sets_cookie = True
             return self._enter(pool)
         if choice.broken is not None and self.session is not None:
-            plane.counters.breaks[choice.broken] += 1
+            plane.counters.cells[BREAKS[choice.broken]] += 1
             logger.info("a client was moved to upstream %s: its own is %s", pool.upstream_id, choice.broken)
             plane.sessions.move(self.session, pool.digest, plane.wall)
             self._sets_cookie = True
@@ -129,7 +130,7 @@ class Placement:
     def _enter(self, pool: Pool) -> Pool:
         """Count the exchange as under way at an upstream; `leave` undoes it."""
         self.pool = pool
-        pool.counters.in_flight += 1
+        pool.counters.cells[IN_FLIGHT] += 1
         session = self.session
         if session is None or self._is_new:
             pool.strangers += 1
@@ -144,7 +145,7 @@ class Placement:
         pool, self.pool = self.pool, None
         if pool is None:
             return
-        pool.counters.in_flight -= 1
+        pool.counters.cells[IN_FLIGHT] -= 1
         if self.session is None or self._is_new:
             pool.strangers -= 1
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from stickyproxy.affinity.policy import Chance
 from stickyproxy.affinity.token import CLIENT_ID_BYTES
-from stickyproxy.observe.counters import PlaneCounters
+from stickyproxy.observe.counters import DOWNSTREAMS, IS_ACCEPTING, TICKED_AT, PlaneCounters, UpstreamCounters
 from stickyproxy.proxy.addresses import AddressCounts
 from stickyproxy.proxy.gate import Gate
 from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from stickyproxy.affinity.sessions import SessionTable
     from stickyproxy.affinity.snapshot import Snapshot, Upstream
     from stickyproxy.observe.record import Record
+    from stickyproxy.observe.table import Table
+    from stickyproxy.proxy.departure import Departure
     from stickyproxy.proxy.downstream import Downstream
     from stickyproxy.proxy.endpoint import Endpoint
     from stickyproxy.proxy.handshake import Handshake
@@ -54,39 +56,73 @@ class Plane:
         report: Callable[[str, HealthEvent], None],
         random: Callable[[], float],
         log: Callable[[Record], None] | None = None,
+        table: Table | None = None,
     ) -> None:
-        self.settings = settings
         self.sessions = sessions
         self.report = report
         self.log = log
         self.random = random
+        self.on_tick: Callable[[], None] | None = None
+        """What the process around the plane does regularly, too."""
         self.chance = Chance(random)
-        self.counters = PlaneCounters()
+        self._table = table
+        self.counters = PlaneCounters() if table is None else table.plane
         self.snapshot: Snapshot
         self.pools: dict[bytes, Pool] = {}
         self.handshakes: set[Handshake] = set()
         self.downstreams: set[Downstream] = set()
         self.tunnels: set[Tunnel] = set()
-        self.gate = Gate(self, settings.connections)
+        self.departing: set[Departure] = set()  # on their way to another process, which has not confirmed them
+        self.on_idle: Callable[[Downstream], bool] | None = None
+        """Takes a connection that has ended an exchange to another process, and says whether it does."""
+        self.gate = Gate(self)
         self.addresses = AddressCounts(settings.connections_per_address)
-        timeouts = settings.timeouts
-        self._sweeps_tunnels = (
-            settings.pings is not None or min(timeouts.tunnel_idle_s, timeouts.tunnel_max_age_s) < OFF
-        )
+        self._apply(settings)
         self.is_stopping = False
+        self.is_leaving = False
+        """Whether connections go to another process; those that cannot are closed with their next response."""
         self._is_empty = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.now = time.monotonic()
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         self.date_line = write_date(self.wall)
-        self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
-        self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
         self._changed: set[asyncio.Future[None]] = set()
         self._client_ids = b""
         self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
         self._next_window = self.now + PLACED_WINDOW_S
         self._next_look = self.now + _LOOK_S
+        self._due = self.now + TICK_S
         self._ticker = self.loop.call_later(TICK_S, self._tick)
+
+    def _apply(self, settings: Settings) -> None:
+        self.settings = settings
+        timeouts = settings.timeouts
+        self._sweeps_tunnels = (
+            settings.pings is not None or min(timeouts.tunnel_idle_s, timeouts.tunnel_max_age_s) < OFF
+        )
+        self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
+        self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
+
+    def change_settings(self, settings: Settings) -> None:
+        """Work by other settings from the next request on; tunnels keep the age and the Pings they were opened with."""
+        if settings == self.settings:
+            return
+        if settings.connections_per_address != self.settings.connections_per_address:
+            self._recount_addresses(settings.connections_per_address)
+        self._apply(settings)
+        for downstream in self.downstreams:
+            downstream.change_settings()
+        self.gate.sweep()
+
+    def _recount_addresses(self, limit: float) -> None:
+        """Count the connections of each address anew: without a limit nobody has."""
+        self.addresses = AddressCounts(limit)
+        for origin in (
+            *(downstream.forwarded.origin for downstream in self.downstreams),
+            *(tunnel.origin for tunnel in self.tunnels),
+            *(handshake.origin for handshake in self.handshakes if handshake.origin is not None),
+        ):
+            self.addresses.admit(origin)
 
     def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
         """Take a new routing state: one assignment. `endpoints` are those of its upstreams, by id.
@@ -96,13 +132,16 @@ class Plane:
         for upstream in snapshot.upstreams:
             pool = self.pools.get(upstream.digest)
             if pool is None or pool.endpoint != endpoints[upstream.id]:
-                renewed = Pool(self, upstream.id, upstream.digest, endpoints[upstream.id])
                 if pool is not None:  # the same upstream at another place: what was counted of it goes on
-                    renewed.counters = pool.counters
+                    counters = pool.counters
                     pool.close()
-                self.pools[upstream.digest] = renewed
+                else:
+                    counters = UpstreamCounters() if self._table is None else self._table.upstream(upstream.digest)
+                self.pools[upstream.digest] = Pool(self, upstream.id, upstream.digest, endpoints[upstream.id], counters)
         for digest in self.pools.keys() - snapshot.by_digest.keys():
             self.pools.pop(digest).close()
+            if self._table is not None:
+                self._table.release(digest)
         self.snapshot = snapshot
         waiting, self._changed = self._changed, set()
         for future in waiting:
@@ -144,7 +183,7 @@ class Plane:
     @property
     def connections(self) -> int:
         """Return how many connections of clients are open, whatever they are at."""
-        return len(self.downstreams) + len(self.tunnels) + len(self.handshakes)
+        return len(self.downstreams) + len(self.tunnels) + len(self.handshakes) + len(self.departing)
 
     def on_accepted(self) -> None:
         """Note that a client has connected."""
@@ -160,6 +199,11 @@ class Plane:
         self.gate.on_closed()
         if self.is_stopping and not self.connections:
             self._is_empty.set()
+
+    async def wait_until_gone(self) -> None:
+        """Wait until no connection and no tunnel is open, while all go on."""
+        while self.connections:
+            await asyncio.sleep(TICK_S)
 
     async def wait_until_empty(self) -> None:
         """Wait, once stopping, until no connection and no tunnel is open."""
@@ -184,11 +228,21 @@ class Plane:
         for downstream in [one for one in self.downstreams if one.is_paused and is_reset(one.transport)]:
             downstream.abort()
         for tunnel in tuple(self.tunnels):
+            tunnel.count_bytes()
             tunnel.drop_reset()
+
+    def show(self) -> None:
+        """Show in the counters how much is open now, and that the loop goes on."""
+        cells = self.counters.cells
+        cells[DOWNSTREAMS] = len(self.downstreams)
+        cells[IS_ACCEPTING] = bool(self.gate.listeners) and self.gate.is_open and not self.is_stopping
+        cells[TICKED_AT] = time.monotonic_ns()
 
     def _tick(self) -> None:
         self._ticker = self.loop.call_later(TICK_S, self._tick)
         self.now = now = time.monotonic()
+        self.counters.observe_lag(max(0.0, now - self._due))  # the loop's own clock is a little behind
+        self._due = now + TICK_S
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         self.date_line = write_date(self.wall)
         for downstream in [one for one in self.downstreams if one.deadline <= now]:
@@ -204,8 +258,12 @@ class Plane:
             self._drop_reset()
         for pool in self.pools.values():
             pool.expire(now)
+            pool.show()
         self.sessions.expire(now)
         if now >= self._next_window:
             self._next_window = now + PLACED_WINDOW_S
             for pool in self.pools.values():
                 pool.placed_before, pool.placed = pool.placed, 0
+        self.show()
+        if self.on_tick is not None:
+            self.on_tick()

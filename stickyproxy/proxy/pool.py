@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from stickyproxy.observe.counters import UpstreamCounters
+from stickyproxy.observe.counters import IDLE_CONNECTIONS, PLACED, STRANGERS
 from stickyproxy.proxy.upstream import UpstreamConnection
 
 if TYPE_CHECKING:
+    from stickyproxy.observe.counters import UpstreamCounters
     from stickyproxy.proxy.endpoint import Endpoint
     from stickyproxy.proxy.plane import Plane
 
@@ -45,7 +46,9 @@ class Pool:
         "upstream_id",
     )
 
-    def __init__(self, plane: Plane, upstream_id: str, digest: bytes, endpoint: Endpoint) -> None:
+    def __init__(
+        self, plane: Plane, upstream_id: str, digest: bytes, endpoint: Endpoint, counters: UpstreamCounters
+    ) -> None:
         self._plane = plane
         self.upstream_id = upstream_id
         self.digest = digest
@@ -56,7 +59,7 @@ class Pool:
         self.strangers = 0
         self.placed = 0
         self.placed_before = 0
-        self.counters = UpstreamCounters()
+        self.counters = counters
 
     def take(self, *, is_idempotent: bool) -> UpstreamConnection | None:
         """Return an idle connection for an exchange, or None when a new one must be dialled."""
@@ -136,6 +139,13 @@ class Pool:
         limit = now - self._plane.settings.timeouts.upstream_keep_alive_s
         while self.idle and self.idle[0].idle_since <= limit:
             self.idle.pop(0).close()
+
+    def show(self) -> None:
+        """Show in the counters how much is here now."""
+        cells = self.counters.cells
+        cells[IDLE_CONNECTIONS] = len(self.idle)
+        cells[STRANGERS] = self.strangers
+        cells[PLACED] = self.placed + self.placed_before
 
     def on_return(self, age_s: float) -> None:
         """Count a client that was placed `age_s` seconds ago no more: it came back, and is a session now."""

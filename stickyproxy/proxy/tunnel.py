@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from typing_extensions import override
 
+from stickyproxy.observe.counters import NS, TUNNEL_RECEIVED_BYTES, TUNNEL_SENT_BYTES, TUNNELS, TUNNELS_OPEN
+from stickyproxy.proxy.handover import SideState, TunnelState
 from stickyproxy.proxy.pinger import Pinger
+from stickyproxy.proxy.settings import OFF
 from stickyproxy.proxy.socket_state import is_queued, is_reset
 from stickyproxy.wire.frames import (
     ABNORMAL,
@@ -24,6 +27,7 @@ from stickyproxy.wire.frames import (
     FrameScanner,
     write_close,
 )
+from stickyproxy.wire.pings import PongFilter
 
 if TYPE_CHECKING:
     from stickyproxy.affinity.sessions import Session
@@ -31,9 +35,9 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.proxy.pool import Pool
     from stickyproxy.wire.forwarded import ConnectionOrigin
-    from stickyproxy.wire.pings import PongFilter
 
 Initiator = Literal["client", "upstream", "proxy"]
+_INITIATORS: Final[dict[str, Initiator]] = {"client": "client", "upstream": "upstream", "proxy": "proxy"}
 _MAX_LINGERS: Final = 15  # times `linger_s`: 30 s by default, as nginx's lingering_time
 _FLUSH_S: Final = 60.0  # at most, for a side to take the last bytes once the tunnel is over
 
@@ -50,16 +54,20 @@ _DISCARD: Final = _Discard()
 
 
 class Side(asyncio.Protocol):
-    """One of the two connections; `other` is the transport that its bytes go to, `scanner` reads what it sends."""
+    """One of the two connections; `other` is the transport that its bytes go to, `scanner` reads what it sends.
 
-    __slots__ = ("filter", "is_eof", "other", "received_bytes", "scanner", "transport", "tunnel")
+    `tail` is what was written to `other` since that began to wait, None while nothing waits: it ends with the bytes
+    that the kernel has not taken, as many as the size of that transport's buffer. The loop does not give them back.
+    """
+
+    __slots__ = ("filter", "is_eof", "other", "received_bytes", "scanner", "tail", "transport", "tunnel")
 
     def __init__(
         self,
         tunnel: Tunnel,
         transport: asyncio.Transport,
         other: asyncio.Transport,
-        counts: list[int],
+        counts: memoryview[int],
         *,
         is_client: bool,
     ) -> None:
@@ -69,6 +77,7 @@ class Side(asyncio.Protocol):
         self.scanner = FrameScanner(counts, is_masked=is_client)
         self.received_bytes = 0
         self.is_eof = False
+        self.tail: bytes | None = None
         self.filter: PongFilter | None = None  # while a Ping of the proxy's own is unanswered
 
     @override
@@ -78,14 +87,22 @@ class Side(asyncio.Protocol):
             if self.filter.pongs and self.filter.is_at_rest:
                 self.filter = None
         self.other.write(data)
+        if self.tail is not None:
+            self.tail += data
         self.received_bytes += len(data)
         self.scanner.feed(data)
+
+    def pass_on(self, data: bytes) -> None:
+        """Write to the other side what is not to be counted as coming from this one now."""
+        self.other.write(data)
+        if self.tail is not None:
+            self.tail += data
 
     @override
     def eof_received(self) -> bool:
         self.is_eof = True
         if self.filter is not None and self.filter.held:
-            self.other.write(self.filter.held)
+            self.pass_on(self.filter.held)
         self.tunnel.on_eof(self)
         return self.transport.can_write_eof()  # not over TLS, which uvloop ends with its first half
 
@@ -95,11 +112,42 @@ class Side(asyncio.Protocol):
 
     @override
     def pause_writing(self) -> None:
-        self.tunnel.opposite(self).transport.pause_reading()
+        opposite = self.tunnel.opposite(self)
+        opposite.transport.pause_reading()
+        if self.transport.can_write_eof():  # over TLS nobody knows what is unsent
+            opposite.tail = b""
 
     @override
     def resume_writing(self) -> None:
-        self.tunnel.opposite(self).transport.resume_reading()
+        opposite = self.tunnel.opposite(self)
+        opposite.tail = None
+        if not opposite.is_eof:
+            opposite.transport.resume_reading()
+
+    @property
+    def may_leave(self) -> bool:
+        """Say whether another process could go on with the connection: all that is known of it can be told."""
+        if self.transport.is_closing() or not self.transport.can_write_eof() or self.other is _DISCARD:
+            return False
+        return self.other.get_write_buffer_size() <= len(self.tail or b"")
+
+    def export(self, unsent_bytes: int) -> SideState:
+        """Return where the side stands; the kernel has not taken so many bytes of what it sent."""
+        tail = self.tail or b""
+        return SideState(
+            scanner=self.scanner.export(),
+            filter=None if self.filter is None else self.filter.export(),
+            received_bytes=self.received_bytes,
+            is_eof=self.is_eof,
+            unsent=tail[len(tail) - unsent_bytes :],
+        )
+
+    def go_on_from(self, state: SideState) -> None:
+        """Go on where the side stood in another process; raise ValueError where that cannot be."""
+        self.scanner.go_on_from(state.scanner)
+        if state.filter is not None:
+            self.filter = PongFilter.going_on_from(state.filter, self.scanner)
+        self.received_bytes, self.is_eof = state.received_bytes, state.is_eof
 
 
 class _Watch(asyncio.Protocol):
@@ -161,10 +209,11 @@ class Tunnel:
 
     __slots__ = (
         "_cause",
+        "_counted_received",
+        "_counted_sent",
         "_ends_at",
         "_initiator",
         "_is_over",
-        "_origin",
         "_pinger",
         "_plane",
         "_pool",
@@ -177,6 +226,7 @@ class Tunnel:
         "_started_at",
         "_timer",
         "client",
+        "origin",
         "upstream",
     )
 
@@ -191,12 +241,13 @@ class Tunnel:
         self._session = session
         # Only a log needs the facts of the handshake; an idle tunnel should cost little.
         self._record = record
-        self._origin = origin
+        self.origin = origin
         self._started_at = perf_counter()
         self._initiator: Initiator | None = None
         self._cause = ""
         self._said = 0  # the code of the Close frame that the proxy sent of its own
         self._is_over = False
+        self._counted_received = self._counted_sent = 0  # bytes that the counters of the upstream hold already
         self._shut_as: tuple[int, str, str] | None = None  # code, reason and cause
         self._timer: asyncio.TimerHandle | None = None
         self._seen_bytes = 0
@@ -208,6 +259,14 @@ class Tunnel:
 
     def open(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
         """Take over both connections; the 101 has been passed on."""
+        self._join(client, upstream)
+        self._pool.counters.cells[TUNNELS] += 1
+        client.resume_reading()
+        upstream.resume_reading()
+        self._limit_buffers()
+
+    def _join(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
+        """Make the sides, and count the tunnel as open."""
         counters = self._pool.counters
         self.client = Side(self, client, upstream, counters.frames_received, is_client=True)
         self.upstream = Side(self, upstream, client, counters.frames_sent, is_client=False)
@@ -215,11 +274,92 @@ class Tunnel:
         self.upstream.scanner.peer = self.client.scanner
         client.set_protocol(self.client)
         upstream.set_protocol(self.upstream)
-        counters.tunnels += 1
-        counters.tunnels_open += 1
+        counters.cells[TUNNELS_OPEN] += 1
         self._plane.tunnels.add(self)
-        client.resume_reading()
-        upstream.resume_reading()
+
+    def _limit_buffers(self) -> None:
+        """Have a plain side say so at once when its kernel does not take all: what is unsent must be known."""
+        for side in (self.client, self.upstream):
+            if side.transport.can_write_eof():
+                side.transport.set_write_buffer_limits(0)
+
+    @property
+    def transports(self) -> tuple[asyncio.Transport, ...]:
+        """Return the transports of the client and of the upstream."""
+        return self.client.transport, self.upstream.transport
+
+    @property
+    def pool(self) -> Pool:
+        """Return the pool of the upstream that holds the tunnel."""
+        return self._pool
+
+    @property
+    def is_ending(self) -> bool:
+        """Say whether the end of the tunnel has begun, and is waited for here."""
+        return self._is_over or self._shut_as is not None or self._timer is not None
+
+    @property
+    def is_tls(self) -> bool:
+        """Say whether the proxy itself speaks TLS on one of the sides."""
+        return not all(transport.can_write_eof() for transport in self.transports)
+
+    @property
+    def may_leave(self) -> bool:
+        """Say whether another process could go on with the tunnel; one that is ending ends here."""
+        return not self.is_ending and self.client.may_leave and self.upstream.may_leave
+
+    def leave(self) -> None:
+        """Do nothing more: another process goes on. What is counted stays so until `release`."""
+        self._is_over = True
+        self._plane.tunnels.discard(self)
+
+    def export(self, unsent_to_client: int, unsent_to_upstream: int) -> TunnelState:
+        """Return where the tunnel stands; the kernel has not taken so many bytes of what was written to each side."""
+        session, now = self._session, self._plane.now
+        return TunnelState(
+            client=self.client.export(unsent_to_upstream),
+            upstream=self.upstream.export(unsent_to_client),
+            origin=self.origin,
+            upstream_id=self._pool.upstream_id,
+            digest=self._pool.digest,
+            client_id=b"" if session is None else session.client_id,
+            pinned_to=b"" if session is None else session.digest,
+            pinned_at=0 if session is None else session.pinned_at,
+            record=self._record,
+            pinger=None if self._pinger is None else self._pinger.export(now),
+            age_s=perf_counter() - self._started_at,
+            left_s=None if self._ends_at == OFF else max(0.0, self._ends_at - now),
+            idle_s=max(0.0, now - self._seen_at),
+            seen_bytes=self._seen_bytes,
+            initiator=self._initiator or "",
+            cause=self._cause,
+        )
+
+    def go_on(self, client: asyncio.Transport, upstream: asyncio.Transport, state: TunnelState) -> None:
+        """Take over both connections from another process; neither is read yet."""
+        plane = self._plane
+        self._join(client, upstream)
+        self._started_at -= state.age_s
+        self._seen_bytes, self._seen_at = state.seen_bytes, plane.now - state.idle_s
+        self._initiator, self._cause = _INITIATORS.get(state.initiator), state.cause
+        if state.left_s is not None and self._ends_at != OFF:
+            self._ends_at = plane.now + state.left_s
+        if state.pinger is not None and self._pinger is not None:
+            self._pinger.go_on_from(state.pinger, plane.now)
+        self.client.go_on_from(state.client)
+        self.upstream.go_on_from(state.upstream)
+        self._counted_received, self._counted_sent = self.client.received_bytes, self.upstream.received_bytes
+        for side in (self.client, self.upstream):
+            if not side.is_eof:
+                side.transport.resume_reading()
+        self._limit_buffers()  # before anything is written: the writes below may stop the reading again
+        self.client.pass_on(state.client.unsent)
+        self.upstream.pass_on(state.upstream.unsent)
+        for side in (self.client, self.upstream):
+            if side.is_eof:
+                _write_eof(self.opposite(side).transport)
+        if plane.is_stopping:
+            self.shut()
 
     def opposite(self, side: Side) -> Side:
         """Return the other side."""
@@ -229,6 +369,13 @@ class Tunnel:
     def upstream_id(self) -> str:
         """Return the id of the upstream that holds the tunnel."""
         return self._pool.upstream_id
+
+    def say(self, side: Side, frame: bytes) -> None:
+        """Write a frame of the proxy's own to a side, where the frames of the other one stand at a boundary."""
+        side.transport.write(frame)
+        opposite = self.opposite(side)
+        if opposite.tail is not None:
+            opposite.tail += frame
 
     def on_eof(self, side: Side) -> None:
         """Pass a half-close on; an upstream that ends without a Close frame has vanished."""
@@ -287,7 +434,7 @@ class Tunnel:
         opposite = self.opposite(side)
         if not side.scanner.close_code:
             mask = os.urandom(4) if opposite is self.upstream else None
-            opposite.transport.write(write_close(code, reason, mask=mask))
+            self.say(opposite, write_close(code, reason, mask=mask))
             if self._initiator is None:
                 self._initiator, self._cause = "proxy", cause
             if opposite is self.client:
@@ -335,6 +482,15 @@ class Tunnel:
         self._blame(side, "ping_timeout")
         side.transport.abort()
 
+    def count_bytes(self) -> None:
+        """Count what both sides have sent since the last time."""
+        received, sent = self.client.received_bytes, self.upstream.received_bytes
+        if received != self._counted_received or sent != self._counted_sent:
+            cells = self._pool.counters.cells
+            cells[TUNNEL_RECEIVED_BYTES] += received - self._counted_received
+            cells[TUNNEL_SENT_BYTES] += sent - self._counted_sent
+            self._counted_received, self._counted_sent = received, sent
+
     def drop_reset(self) -> None:
         """Drop a side that was reset while it was not read, since the other one takes nothing."""
         for side in (self.client, self.upstream):
@@ -365,7 +521,7 @@ class Tunnel:
     def _say_close(self, code: int, reason: str) -> None:
         """Tell the client why its tunnel ends, if its stream stands at a frame boundary; else the cut says it."""
         if self.upstream.scanner.is_at_boundary and not self.client.transport.is_closing():
-            self.client.transport.write(write_close(code, reason))
+            self.say(self.client, write_close(code, reason))
             self._said = code
             self.client.other = _DISCARD
 
@@ -420,17 +576,29 @@ class Tunnel:
                     self._plane.loop.call_later(timeouts.linger_s, side.transport.abort)
         self._count()
 
-    def _count(self) -> None:
-        plane, counters, client, upstream = self._plane, self._pool.counters, self.client, self.upstream
+    def release(self) -> None:
+        """Count the tunnel as open no more."""
+        plane = self._plane
         plane.tunnels.discard(self)
-        plane.on_closed(self._origin)
-        client.scanner.peer = upstream.scanner.peer = None
-        counters.tunnels_open -= 1
+        plane.on_closed(self.origin)
+        self.client.scanner.peer = self.upstream.scanner.peer = None
+        self.count_bytes()
+        self._pool.counters.cells[TUNNELS_OPEN] -= 1
         if self._session is not None:
             self._session.open -= 1
             plane.sessions.touch(self._session, plane.now)
         else:
             self._pool.strangers -= 1
+
+    def lose(self) -> None:
+        """Count a tunnel as ended that nobody could go on with."""
+        self._initiator = self._initiator or "proxy"
+        self._cause = self._cause or "aborted"
+        self._count()
+
+    def _count(self) -> None:
+        plane, counters, client, upstream = self._plane, self._pool.counters, self.client, self.upstream
+        self.release()
         duration_s = perf_counter() - self._started_at
         initiator = self._initiator or "proxy"
         if self._cause == "close_frame":
@@ -439,9 +607,7 @@ class Tunnel:
             said = 0 if initiator == "client" else self._said  # a client that went away did not hear it
             code = said or client.scanner.close_code or upstream.scanner.close_code or ABNORMAL
         counters.count_close(initiator, code, self._cause)
-        counters.tunnel_duration.observe(duration_s)
-        counters.tunnel_received_bytes += client.received_bytes
-        counters.tunnel_sent_bytes += upstream.received_bytes
+        counters.observe_tunnel(int(duration_s * NS))
         if plane.log is not None and self._record is not None:
             plane.log(
                 replace(

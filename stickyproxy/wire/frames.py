@@ -8,6 +8,7 @@ add a frame of the proxy's own where one frame has ended and the next has not be
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Final
 
 from typing_extensions import override
@@ -29,8 +30,22 @@ _EMPTY_FRAMES: Final = re.compile(
 _FOR_EVER: Final = 1 << 64  # more bytes than any stream has: all of them are skipped
 
 
+@dataclass(frozen=True, slots=True)
+class ScannerState:
+    """Where a scanner stands, so that another goes on from there: see the attributes of `FrameScanner`.
+
+    `skip` counts the payload bytes of the current frame that have not come, `held` is what came of a frame header.
+    """
+
+    skip: int = 0
+    held: bytes = b""
+    close_code: int = 0
+    is_first: bool = False
+    is_lost: bool = False
+
+
 class FrameScanner:
-    """Reads one direction of a tunnel. `counts` is a list of 16 counters, by opcode, that may be shared.
+    """Reads one direction of a tunnel. `counts` are 16 counters, by opcode, that may be shared.
 
     `is_masked` says that the frames come from a client: those are masked, and no others are (RFC 6455, section 5.1).
     `peer` is the scanner of the other direction, if there is one: it tells which of the two closed first.
@@ -38,7 +53,7 @@ class FrameScanner:
 
     __slots__ = ("_held", "_skip", "close_code", "counts", "is_first", "is_lost", "mask_bit", "peer")
 
-    def __init__(self, counts: list[int], *, is_masked: bool) -> None:
+    def __init__(self, counts: list[int] | memoryview[int], *, is_masked: bool) -> None:
         self.mask_bit = 0x80 if is_masked else 0  # of the second byte of each frame
         self._skip = 0  # payload bytes of the current frame that have not come
         self._held = b""  # a frame header, or a close frame, that has not come whole
@@ -116,6 +131,15 @@ class FrameScanner:
         else:
             self._held = b""
             self._skip = at - end
+
+    def export(self) -> ScannerState:
+        """Return where the scanner stands."""
+        return ScannerState(self._skip, self._held, self.close_code, self.is_first, self.is_lost)
+
+    def go_on_from(self, state: ScannerState) -> None:
+        """Go on where another scanner of the same direction stands; its frames are not counted again."""
+        self._skip, self._held = state.skip, state.held
+        self.close_code, self.is_first, self.is_lost = state.close_code, state.is_first, state.is_lost
 
     def _count_empty(self, heads: bytes) -> None:
         """Count frames by their first bytes."""

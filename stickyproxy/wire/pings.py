@@ -7,7 +7,8 @@ place where the proxy changes what a tunnel relays, and it stands in the way onl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
 
 from typing_extensions import override
 
@@ -41,6 +42,21 @@ def _mask(payload: bytes, mask: bytes) -> bytes:
     return bytes(byte ^ mask[at & 3] for at, byte in enumerate(payload))
 
 
+@dataclass(frozen=True, slots=True)
+class FilterState:
+    """Where a filter stands, so that another goes on from there.
+
+    `skip` counts the bytes of the current frame that have not come, `passed` and `held` are the beginning of a frame
+    that was passed on, or that was not.
+    """
+
+    prefix: bytes = b""
+    skip: int = 0
+    passed: bytes = b""
+    held: bytes = b""
+    pongs: int = 0
+
+
 class PongFilter:
     """Takes the Pongs that answer our Pings out of one direction of a tunnel; all else passes byte for byte.
 
@@ -60,6 +76,19 @@ class PongFilter:
         self.pongs = 0
         # Bytes of the current frame that have not come: they pass unread.
         self._skip = scanner.left_bytes or self._end_of_passed(scanner.begun) - len(scanner.begun)
+
+    @classmethod
+    def going_on_from(cls, state: FilterState, scanner: FrameScanner) -> Self:
+        """Return a filter that goes on where another of the same direction stands; raise ValueError without prefix."""
+        if not state.prefix:
+            raise ValueError("a filter without a prefix would take every Pong for one of ours")
+        self = cls(state.prefix, scanner)
+        self._skip, self._passed, self.held, self.pongs = state.skip, state.passed, state.held, state.pongs
+        return self
+
+    def export(self) -> FilterState:
+        """Return where the filter stands."""
+        return FilterState(self._prefix, self._skip, self._passed, self.held, self.pongs)
 
     @property
     def is_at_rest(self) -> bool:

@@ -198,6 +198,75 @@ def test_repr_shows_the_state() -> None:
 # Any order of events
 
 
+# From one table to another
+
+
+def used(table: SessionTable, number: int, now: float, digest: bytes = HERE, pinned_at: int = 100) -> Session:
+    session = table.find(b"%010d" % number, digest, pinned_at)
+    table.touch(session, now)
+    return session
+
+
+def test_active_sessions_go_to_another_table_in_pieces() -> None:
+    old, new = table_of(), table_of()
+    for number in range(7):
+        used(old, number, now=10.0 + number, digest=HERE if number % 2 else THERE)
+    pieces = list(old.export(20.0, at_once=3))
+    assert [len(piece) for piece in pieces] == [3, 3, 1]
+    assert pieces[0][0] == (b"%010d" % 0, THERE, 100, 10.0)
+    for piece in pieces:
+        new.take_in(piece, 1020.0)
+    assert new.counts == old.counts == {HERE: 3, THERE: 4}
+    new.expire(1010.0 + IDLE_S + 2)
+    assert len(new) == 4, "each with the time that it had left"
+    assert present(new, value_of(HERE, b"%010d" % 5)) is new._active[b"%010d" % 5]
+
+
+def test_a_table_may_be_used_while_it_is_exported() -> None:
+    table = table_of()
+    for number in range(4):
+        used(table, number, now=10.0)
+    pieces = table.export(20.0, at_once=2)
+    assert len(next(pieces)) == 2
+    table.expire(10.0 + IDLE_S)
+    used(table, 3, now=80.0)
+    used(table, 9, now=80.0)
+    assert [one.client_id for one in next(pieces)] == [b"%010d" % 3]
+    assert next(pieces, None) is None
+
+
+def test_an_empty_table_exports_nothing() -> None:
+    assert list(table_of().export(20.0, at_once=2)) == []
+
+
+def test_what_is_known_here_is_only_changed_by_what_is_later() -> None:
+    old, new = table_of(), table_of()
+    used(old, 1, now=10.0, digest=THERE, pinned_at=200)
+    used(old, 2, now=10.0, digest=THERE, pinned_at=50)
+    used(old, 3, now=19.0)
+    moved, kept = used(new, 1, now=15.0), used(new, 2, now=15.0)
+    (piece,) = old.export(20.0, at_once=10)
+    new.take_in(piece, 20.0)
+    assert (moved.digest, moved.pinned_at, moved.active_at) == (THERE, 200, 15.0)
+    assert (kept.digest, kept.pinned_at, kept.active_at) == (HERE, 100, 15.0)
+    assert new.counts == {THERE: 1, HERE: 2}
+    new.take_in(piece, 30.0)
+    times = [one.active_at for one in new._active.values()]
+    assert times == sorted(times), "the longest unused is first"
+    assert moved.active_at == kept.active_at == 20.0
+
+
+def test_idle_sessions_are_forgotten_once_another_table_has_them() -> None:
+    table = table_of()
+    busy = used(table, 1, now=10.0)
+    busy.open = 1
+    used(table, 2, now=10.0)
+    used(table, 3, now=10.0, digest=THERE)
+    table.forget_idle()
+    assert table.counts == {HERE: 1}
+    assert list(table._active.values()) == [busy]
+
+
 class Sessions(RuleBasedStateMachine):
     """The model: each session's upstream, and which session of a client is active since when."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stickyproxy.config.address import Address, parse_listener, parse_upstream_url, read_server_name
+from stickyproxy.config.address import Address, parse_listener, parse_upstream_url, read_server_name, write_upstream_url
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 LISTENER_FORMS = (
@@ -128,6 +128,14 @@ def test_upstream_is_read(written: str, address: Address) -> None:
 def test_what_is_no_upstream_is_refused(written: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_upstream_url(written)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:8001", "http://[::1]:80", "https://app-1:443", "https://[::1]:1", "unix:/run/x.sock"],
+)
+def test_upstream_is_written_as_it_is_read(url: str) -> None:
+    assert write_upstream_url(parse_upstream_url(url)) == url
 
 
 @pytest.mark.parametrize(

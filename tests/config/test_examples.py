@@ -74,7 +74,7 @@ def test_every_line_to_uncomment_loads() -> None:
     for text in texts:
         complete = text.replace("path: null", "path: /healthz") if text in expect else text
         assert load_text(complete, ENV) != Config()
-    assert len(texts) == 14
+    assert len(texts) == 16
     assert len(expect) == 1
 
 

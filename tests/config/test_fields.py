@@ -97,6 +97,9 @@ def test_the_json_schema_is_about_the_file() -> None:
         (fields.SecondsOrOff, "1s", 1.0),
         (fields.AbsolutePath, "/a/é", Path("/a/é")),
         (fields.AbsolutePath, Path("/a/é"), Path("/a/é")),
+        (fields.SocketOrFalse, False, False),
+        (fields.SocketOrFalse, "/a/é", Path("/a/é")),
+        (fields.SocketOrFalse, Path("/a"), Path("/a")),
         (Annotated[str, fields.text("a|bc", "letters")], "bc", "bc"),
     ],
 )
@@ -122,6 +125,18 @@ def test_a_value_is_read(kind: object, raw: object, value: object) -> None:
             "expected text, got true or false (YAML reads yes, no, on, off so); put quotes around it",
         ),
         (fields.AbsolutePath, [], "expected text, got a list"),
+        (fields.SocketOrFalse, "a", "expected the absolute path of a socket, as in /run/stickyproxy.sock"),
+        (
+            fields.SocketOrFalse,
+            Path("/" + "x" * 107),
+            "the path of a socket has at most 107 bytes; the kernel takes no more",
+        ),
+        (fields.SocketOrFalse, None, "expected text, got nothing"),
+        (
+            fields.SocketOrFalse,
+            True,
+            "expected the absolute path of a socket or false, got true; for the usual place leave it out",
+        ),
         (fields.UpstreamAddress, 7, "expected text, got 7; put quotes around it"),
         (fields.ListenerAddress, 8080, "expected text, got 8080; put quotes around it"),
         (Annotated[str, fields.text("a|bc", "letters")], "ac", "expected letters, got 'ac'"),

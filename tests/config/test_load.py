@@ -59,7 +59,7 @@ access_log: xml
 timeouts:
   head: off
   tunnel_idle: off
-workers: 4
+workers: 65
 """
 
 
@@ -85,7 +85,7 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
         (20, "health.probe.jitter", "expected a whole number from 0 to 50, got 51"),
         (21, "access_log", "expected json or combined, got 'xml'"),
         (23, "timeouts.head", f"{duration}; this cannot be switched off"),
-        (25, "workers", "this version runs one worker; expected 1 or auto"),
+        (25, "workers", "expected auto or a whole number from 1 to 64, got 65"),
     ]
 
 
@@ -126,6 +126,21 @@ def test_a_mistake_of_the_yaml_alone_is_enough(tmp_path: Path) -> None:
         load_file(path, {})
     assert raised.value.source == str(path)
     assert str(raised.value).startswith(f"{path}: line 2: not valid YAML: ")
+
+
+def test_secrets_that_are_known_are_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"s" * 32)
+    text = f"affinity: {{secrets: ['env:NAME', 'file:{path}']}}"
+    known: dict[str, bytes] = {}
+    first = load_text(text, {"NAME": "e" * 32}, known=known)
+    assert known == {"env:NAME": b"e" * 32, f"file:{path}": b"s" * 32}
+    path.unlink()
+    assert load_text(text, {}, known=known) == first
+    assert mistakes(text) == [
+        (1, "affinity.secrets[0]", "the environment variable NAME is not set"),
+        (1, "affinity.secrets[1]", f"cannot read {path}: No such file or directory"),
+    ]
 
 
 def test_a_file_is_loaded(tmp_path: Path) -> None:

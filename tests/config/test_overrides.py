@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from stickyproxy.config.address import Address
@@ -27,13 +29,15 @@ def test_nothing_given_changes_nothing() -> None:
 
 
 def test_what_is_given_replaces_what_the_file_says() -> None:
-    config = with_overrides(FROM_FILE, urls=["http://c", "unix:/d"], listen=":82", admin=":2", workers="auto")
+    config = with_overrides(
+        FROM_FILE, urls=["http://c", "unix:/d"], listen=":82", admin=":2", workers=3, control="/run/c.sock"
+    )
     assert [upstream.id for upstream in config.upstreams] == ["c:80", "/d"]
     assert [listener.address for listener in config.listeners] == [Address(port=82)]
     assert config.admin is not None
     assert config.admin.address == Address(port=2)
     assert config.admin.token == "0123456789abcdef"
-    assert config.workers == "auto"
+    assert (config.workers, config.control) == (3, Path("/run/c.sock"))
     assert config.timeouts == FROM_FILE.timeouts
 
 
@@ -47,14 +51,32 @@ def test_admin_can_be_switched_off_and_on() -> None:
 
 def test_every_mistake_names_its_option() -> None:
     with pytest.raises(ConfigErrors) as raised:
-        with_overrides(Config(), urls=["http://a", "ftp://b", "http://a/"], listen="80", admin=":2", workers=2)
+        with_overrides(
+            Config(), urls=["http://a", "ftp://b", "http://a/"], listen="80", admin=":2", workers=0, control="c"
+        )
     assert sorted(str(error) for error in raised.value.errors) == [
         "--admin: an admin address that is not loopback needs a token; set admin.token in the file",
+        "--control: expected the absolute path of a socket, as in /run/stickyproxy.sock",
         f"--listen: {FORMS}",
-        "--workers: this version runs one worker; expected 1 or auto",
+        "--workers: expected auto or a whole number from 1 to 64, got 0",
         "URL 2: expected a URL such as http://127.0.0.1:8001 or unix:/run/app.sock",
         "URL 3: a:80 is listed twice; for a larger share of clients set its weight",
     ]
+
+
+def test_control_can_be_switched_off() -> None:
+    assert with_overrides(Config(), control="off").control is False
+    assert with_overrides(load_text("control: false", {}), control="/run/c").control == Path("/run/c")
+
+
+def test_a_path_that_has_another_use_in_the_file_is_refused() -> None:
+    from_file = load_text("{control: /run/c, hand_over: /run/h, admin: {address: 'unix:/run/a'}}", {})
+    with pytest.raises(ConfigErrors, match=r"^--control: /run/a is the path of admin too$"):
+        with_overrides(from_file, control="/run/a")
+    with pytest.raises(ConfigErrors, match=r"^hand_over: /run/h is the path of control too$"):
+        with_overrides(from_file, control="/run/h")
+    with pytest.raises(ConfigErrors, match=r"^control: /run/c is the path of a listener too$"):
+        with_overrides(from_file, listen="unix:/run/c")
 
 
 def test_an_admin_address_that_is_none() -> None:

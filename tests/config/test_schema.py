@@ -77,22 +77,79 @@ def test_access_log() -> None:
 
 
 def test_workers() -> None:
-    assert Config.model_validate({"workers": 1}).workers == 1
+    for number in (1, 2, 64):
+        assert Config.model_validate({"workers": number}).workers == number
     assert Config.model_validate({"workers": "auto"}).workers == "auto"
+
+
+WORKERS = "expected auto or a whole number from 1 to 64"
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (2, "this version runs one worker; expected 1 or auto"),
-        (0, "expected 1 or auto, got 0"),
-        (True, "expected 1 or auto, got true"),
-        (1.0, "expected 1 or auto, got 1.0"),
-        ("1", "expected 1 or auto, got '1'"),
+        (0, f"{WORKERS}, got 0"),
+        (65, f"{WORKERS}, got 65"),
+        (-1, f"{WORKERS}, got -1"),
+        (True, f"{WORKERS}, got true"),
+        (1.0, f"{WORKERS}, got 1.0"),
+        ("1", f"{WORKERS}, got '1'; remove the quotes"),
+        ("cores", f"{WORKERS}, got 'cores'"),
     ],
 )
 def test_wrong_workers(raw: object, message: str) -> None:
     assert mistakes({"workers": raw}) == [(("workers",), message)]
+
+
+def test_the_json_schema_of_workers() -> None:
+    schema = Config.model_json_schema()["properties"]["workers"]
+    assert schema["anyOf"] == [{"type": "integer", "minimum": 1, "maximum": 64}, {"enum": ["auto"]}]
+
+
+@pytest.mark.parametrize("key", ["control", "hand_over"])
+def test_a_socket_has_a_path_or_its_usual_place_or_is_none(key: str) -> None:
+    assert getattr(Config(), key) is None
+    assert getattr(Config.model_validate({key: None}), key) is None
+    assert getattr(Config.model_validate({key: False}), key) is False
+    assert getattr(Config.model_validate({key: "/run/x.sock"}), key) == Path("/run/x.sock")
+    assert Config.model_json_schema()["properties"][key]["default"] is None
+
+
+SOCKET = "expected the absolute path of a socket, as in /run/stickyproxy.sock"
+
+
+@pytest.mark.parametrize("key", ["control", "hand_over"])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("x.sock", SOCKET),
+        ("unix:/run/x.sock", SOCKET),
+        ("/run/", SOCKET),
+        ("", SOCKET),
+        ("/" + "x" * 107, "the path of a socket has at most 107 bytes; the kernel takes no more"),
+        ("/" + "é" * 54, "the path of a socket has at most 107 bytes; the kernel takes no more"),
+        ("/x\n", "the path of a socket has no control characters"),
+        (True, "expected the absolute path of a socket or false, got true; for the usual place leave it out"),
+        (7, "expected text, got 7; put quotes around it"),
+    ],
+)
+def test_wrong_sockets(key: str, raw: object, message: str) -> None:
+    assert mistakes({key: raw}) == [((key,), message)]
+
+
+def test_a_socket_has_one_use() -> None:
+    raw = {"listeners": ["unix:/l"], "admin": {"address": "unix:/a"}}
+    assert Config.model_validate({**raw, "control": "/c", "hand_over": "/h"}).control == Path("/c")
+    assert mistakes({**raw, "control": "/l", "hand_over": "/./a"}) == [
+        (("control",), "/l is the path of a listener too"),
+        (("hand_over",), "/a is the path of admin too"),
+    ]
+    assert mistakes({"control": "/c", "hand_over": "/c"}) == [(("hand_over",), "/c is the path of control too")]
+
+
+def test_reload_on_change() -> None:
+    assert Config().reload_on_change is False
+    assert Config.model_validate({"reload_on_change": True}).reload_on_change is True
 
 
 def test_the_rest_of_the_top_level() -> None:

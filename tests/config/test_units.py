@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.config.units import (
@@ -17,6 +17,8 @@ from stickyproxy.config.units import (
     parse_duration,
     parse_size,
     shown,
+    write_duration,
+    write_size,
 )
 
 if TYPE_CHECKING:
@@ -146,6 +148,58 @@ def test_any_value_is_a_size_within_bounds_or_refused(value: object) -> None:
     found, message = outcome(parse_size, value)
     assert 0 <= found <= MAX_SIZE_BYTES
     assert message is None or message.startswith("expected a size")
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "written"),
+    [
+        (0.0, "0s"),
+        (30.0, "30s"),
+        (90.0, "90s"),
+        (300.0, "5m"),
+        (3600.0, "1h"),
+        (172800.0, "2d"),
+        (MAX_DURATION_S, "3650d"),
+        (0.5, "500ms"),
+        (1.5, "1500ms"),
+        (0.1, "100ms"),
+        (0.0005, "0.5ms"),
+        (1e-12, "0.000000001ms"),
+        (30, "30s"),
+    ],
+)
+def test_duration_is_written_with_its_unit(duration_s: float, written: str) -> None:
+    assert write_duration(duration_s) == written
+
+
+@UNHURRIED
+@given(st.from_regex(DURATION_PATTERN, fullmatch=True))
+def test_a_duration_that_was_written_is_read_as_the_same(text: str) -> None:
+    duration_s, message = outcome(parse_duration, text)
+    assume(message is None)
+    assert parse_duration(write_duration(duration_s)) == duration_s
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "written"),
+    [
+        (0, "0B"),
+        (512, "512B"),
+        (1025, "1025B"),
+        (65536, "64KiB"),
+        (1 << 20, "1MiB"),
+        (3 << 30, "3GiB"),
+        (MAX_SIZE_BYTES, "1024GiB"),
+    ],
+)
+def test_size_is_written_with_its_unit(size_bytes: int, written: str) -> None:
+    assert write_size(size_bytes) == written
+
+
+@UNHURRIED
+@given(st.integers(0, MAX_SIZE_BYTES) | st.integers(0, 1024).map(lambda number: number << 20))
+def test_a_size_that_was_written_is_read_as_the_same(size_bytes: int) -> None:
+    assert parse_size(write_size(size_bytes)) == size_bytes
 
 
 def test_a_long_value_is_cut_in_messages() -> None:

@@ -20,6 +20,8 @@ from stickyproxy.affinity.sessions import SessionTable
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, Upstream
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
 from stickyproxy.config import Address
+from stickyproxy.observe.counters import UPSTREAM, make_cells
+from stickyproxy.observe.table import Table
 from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.listener import Listener, Role, bind
 from stickyproxy.proxy.plane import Plane
@@ -95,8 +97,14 @@ class PlaneUnderTest:
         self._clients: list[RawLink] = []
         self.admin = dict.fromkeys((one.id for one in upstreams), AdminState.READY)
         self.observed = dict.fromkeys((one.id for one in upstreams), Observed())
+        self.table = Table.create()
         self.plane = Plane(
-            settings, sessions, report=self._report, random=random.Random(7).random, log=self.records.append
+            settings,
+            sessions,
+            report=self._report,
+            random=random.Random(7).random,
+            log=self.records.append,
+            table=self.table,
         )
         self.publish()
 
@@ -203,6 +211,11 @@ class PlaneUnderTest:
         assert len(self.records) == count
         return self.records[-1]
 
+    def forget_counts(self) -> None:
+        """Set all counters to 0, for a test in which nothing is logged that they could be compared with."""
+        for one in (self.plane.counters.none, *self._counters):
+            one.cells[:] = make_cells(UPSTREAM.size)
+
     async def settle(self) -> None:
         """Reset all clients and wait until nothing is open; then check what must always hold."""
         for client in self._clients:
@@ -240,6 +253,7 @@ class PlaneUnderTest:
         for listener in self.listeners:
             listener.close()
         self.plane.close()
+        self.table.close()
         for upstream in self.all_upstreams:
             upstream.close()
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from stickyproxy.proxy.pinger import Pinger, PingerState, PulseState
 from stickyproxy.proxy.settings import Pings, Settings
 from tests.helpers.raw import eventually
 from tests.helpers.tunnels import close_of, connect, ended, frame, the_tunnel
@@ -115,3 +116,35 @@ async def test_a_side_that_is_not_read_is_not_taken_for_gone(start: Start) -> No
     assert tunnel._pinger is not None
     assert tunnel._pinger._client.pinged_at is None
     assert proxy.plane.tunnels == {tunnel}
+
+
+async def test_no_ping_goes_where_nothing_can_be_sent_any_more(start: Start) -> None:
+    """To the upstream of a client that has closed its half; what was asked before must still be answered in time."""
+    proxy = await start(settings=pinging())
+    client, app = await connect(proxy)
+    tunnel, now = the_tunnel(proxy), proxy.plane.now
+    client.half_close()
+    assert await app.read_rest() == b""
+    for later in (30, 60, 90):
+        tunnel.sweep(now + later)
+    assert client.held == b""
+    app.send(frame(b"still here"))
+    assert await client.read(12) == frame(b"still here")
+
+
+async def test_where_the_pings_stand_is_known_elsewhere(start: Start) -> None:
+    proxy = await start(settings=pinging())
+    client, app = await connect(proxy)
+    tunnel, now = the_tunnel(proxy), proxy.plane.now
+    client.send(frame(b"hello", is_masked=True))
+    await app.read(11)
+    tunnel.sweep(now + 10)
+    tunnel.sweep(now + 30)
+    prefix = ping_of(await app.read(14))
+    assert tunnel._pinger is not None
+    state = tunnel._pinger.export(now + 35)
+    assert state == PingerState(prefix, PulseState(25.0, 11), PulseState(35.0, 0, 5.0))
+    other = Pinger(Pings(30.0, 20.0), 1000.0)
+    other.go_on_from(state, 1000.0)
+    assert other.export(1000.0) == state
+    assert repr(other) == "<Pinger client=None upstream=995.0>"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 import uvloop
 
-from stickyproxy.affinity.snapshot import Rules
+from stickyproxy.affinity.snapshot import Rules, Snapshot
+from stickyproxy.observe.counters import CONNECTIONS, LAG_BOUNDS_S
 from stickyproxy.proxy import plane as plane_module
+from stickyproxy.proxy.plane import Plane
+from stickyproxy.proxy.settings import Settings
 from stickyproxy.tasks import spawn
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 
@@ -202,3 +206,79 @@ async def test_a_tick_acts_on_what_is_overdue(start: Start) -> None:
     await client.read_rest()
     await other.read_rest()
     await eventually(lambda: not proxy.plane.tunnels and not proxy.pool().idle)
+
+
+# What is counted in shared memory
+
+
+async def test_what_is_counted_is_in_the_table_of_the_plane(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+    assert proxy.table.read().upstream(proxy.pool().digest).in_flight == 1
+    app.answer(b"12345")
+    cookie = (await client.read_response()).cookie
+    client.send(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer(b"")
+    await client.read_response()
+    reading = proxy.table.read()
+    counters = reading.upstream(proxy.pool().digest)
+    assert (reading.plane.connections, reading.plane.affinity) == (1, {"new": 1, "hit": 1})
+    assert (sum(counters.exchanges), counters.attempts, counters.sent_bytes) == (2, {"ok": 2}, 5)
+    assert sum(counters.duration.counts) == sum(counters.response.counts) == 2
+    assert 0 < counters.response.total_s <= counters.duration.total_s
+    assert counters.in_flight == 0
+
+
+async def test_a_tick_shows_what_is_open(proxy: PlaneUnderTest) -> None:
+    client, app = await proxy.open(GET)
+    await app.read_request()
+
+    def show() -> tuple[int, ...]:
+        reading = proxy.table.read()
+        one = reading.upstream(proxy.pool().digest)
+        return reading.plane.downstreams, reading.plane.is_accepting, one.idle_connections, one.strangers, one.placed
+
+    await eventually(lambda: show() == (1, 1, 0, 1, 1), "the exchange of a client without a session")
+    app.answer()
+    await client.read_response()
+    await eventually(lambda: show() == (1, 1, 1, 0, 1), "its end")
+    ticked_at = proxy.table.read().plane.ticked_at_ns
+    assert 0 < ticked_at <= time.monotonic_ns()
+    proxy.plane.gate.is_open = False
+    await eventually(lambda: proxy.table.read().plane.ticked_at_ns > ticked_at)
+    assert sum(proxy.table.read().plane.lag.counts) > 1
+    proxy.plane.is_stopping = True
+    await eventually(lambda: show()[1] == 0)
+
+
+async def test_a_late_tick_is_seen(proxy: PlaneUnderTest) -> None:
+    await eventually(lambda: proxy.plane.counters.ticked_at_ns)
+    time.sleep(0.6)  # noqa: ASYNC251 -- the loop is to stall
+    await eventually(lambda: sum(proxy.plane.counters.lag.counts[LAG_BOUNDS_S.index(0.25) + 1 :]) > 0)
+
+
+async def test_the_counters_of_an_upstream_that_is_removed_are_given_back(start: Start) -> None:
+    proxy = await start(2)
+    first, second = proxy.upstreams
+    gone = proxy.pool(first)
+    gone.counters.count_attempt("ok")
+    proxy.remove(first)
+    assert list(proxy.table._released) == [gone.digest]
+    proxy.upstreams = (first, second)
+    proxy.publish()
+    assert not proxy.table._released
+    assert proxy.pool(first).counters.attempts == {"ok": 1}
+
+
+async def test_a_plane_without_a_table_counts_in_memory_of_its_own(proxy: PlaneUnderTest) -> None:
+    plane = Plane(Settings(), proxy.sessions, report=lambda *_: None, random=lambda: 0.0)
+    plane.publish(proxy.plane.snapshot, {one.id: proxy.endpoint for one in proxy.upstreams})
+    plane.counters.cells[CONNECTIONS] += 1
+    pool = plane.pools[proxy.pool().digest]
+    pool.counters.count_attempt("ok")
+    assert proxy.plane.counters.connections == 0
+    assert proxy.pool().counters.attempts == {}
+    plane.publish(Snapshot("default", (), Rules()), {})
+    assert pool.is_closed
+    plane.close()

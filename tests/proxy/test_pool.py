@@ -11,6 +11,7 @@ import pytest
 from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.config import Address, UpstreamTls
 from stickyproxy.control.certificates import make_upstream_context
+from stickyproxy.observe.counters import UpstreamCounters
 from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
@@ -218,7 +219,9 @@ async def test_an_upstream_that_cannot_be_reached_is_left(start: Start, monkeypa
 
 async def test_the_connect_timeout_ends_a_dial(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = await start(connect_s=0.0)
-    pool = Pool(proxy.plane, "far", b"12345678", Endpoint(Address("127.0.0.1", proxy.upstream.port)))
+    pool = Pool(
+        proxy.plane, "far", b"12345678", Endpoint(Address("127.0.0.1", proxy.upstream.port)), UpstreamCounters()
+    )
     with pytest.raises(TimeoutError):
         await pool.dial()
 

@@ -196,6 +196,45 @@ async def test_a_side_that_does_not_read_stops_the_other(proxy: PlaneUnderTest, 
     assert tunnel.opposite(side).transport.is_reading()
 
 
+async def test_what_the_kernel_has_not_taken_is_known(proxy: PlaneUnderTest) -> None:
+    """It is the end of `tail`, as long as the transport's buffer; nothing is kept while nothing waits."""
+    client, app = await connect(proxy)
+    tunnel = the_tunnel(proxy)
+    app.send(frame(b"first"))
+    assert await client.read(7) == frame(b"first")
+    assert (tunnel.client.tail, tunnel.upstream.tail) == (None, None)
+    client.stop_reading()
+    data = frame(bytes(range(256)) * 100_000, 2)
+    app.send(data)
+    await eventually(lambda: not tunnel.upstream.transport.is_reading())
+    passed = tunnel.upstream.received_bytes - 7
+    unsent = tunnel.client.transport.get_write_buffer_size()
+    assert 0 < unsent <= len(tunnel.upstream.tail or b"")
+    tunnel.say(tunnel.client, b"a frame of the proxy's own")
+    assert tunnel.upstream.tail is not None
+    own = len(b"a frame of the proxy's own")
+    assert tunnel.client.transport.get_write_buffer_size() == unsent + own
+    assert tunnel.upstream.export(unsent + own).unsent == data[passed - unsent : passed] + b"a frame of the proxy's own"
+    client.read_again()
+    await eventually(lambda: client.received_bytes >= len(data))
+    await eventually(lambda: tunnel.upstream.tail is None)
+
+
+async def test_a_client_that_half_closed_is_not_read_again(proxy: PlaneUnderTest) -> None:
+    """When its upstream takes what waited: its end would be heard twice."""
+    client, app = await connect(proxy)
+    tunnel = the_tunnel(proxy)
+    app.stop_reading()
+    client.send(frame(b"x" * 20_000_000, 2, is_masked=True))
+    await eventually(lambda: not tunnel.client.transport.is_reading())
+    tunnel.client.is_eof = True
+    tunnel.upstream.resume_writing()
+    assert not tunnel.client.transport.is_reading()
+    tunnel.client.is_eof = False
+    tunnel.upstream.resume_writing()
+    assert tunnel.client.transport.is_reading()
+
+
 # Ends
 
 
@@ -544,6 +583,25 @@ async def test_what_a_side_does_not_take_in_the_end_is_given_up(start: Start, mo
     await eventually(lambda: side.get_write_buffer_size() == 0, "the connection is cut")
 
 
+async def test_the_bytes_of_an_open_tunnel_are_counted_each_second_and_once(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    counters, up, down = proxy.pool().counters, frame(b"x" * 100, is_masked=True), frame(b"y" * 7)
+    client.send(up)
+    await app.read(len(up))
+    await eventually(lambda: counters.tunnel_received_bytes == len(up))
+    assert counters.tunnel_sent_bytes == 0
+    app.send(down)
+    await client.read(len(down))
+    await eventually(lambda: counters.tunnel_sent_bytes == len(down))
+    the_tunnel(proxy).count_bytes()
+    client.send(up)
+    await app.read(len(up))
+    client.reset()
+    await ended(proxy)
+    assert (counters.tunnel_received_bytes, counters.tunnel_sent_bytes) == (2 * len(up), len(down))
+    assert (proxy.records[-1].received_bytes, proxy.records[-1].sent_bytes) == (2 * len(up), len(down))
+
+
 async def test_abort_cuts_both_sides(proxy: PlaneUnderTest) -> None:
     client, app = await connect(proxy)
     proxy.plane.close()
@@ -560,9 +618,7 @@ async def test_a_tunnel_without_a_log_is_counted_all_the_same(proxy: PlaneUnderT
     await eventually(lambda: not proxy.plane.tunnels)
     counters = proxy.pool().counters
     assert sum(counters.closes.values()) == counters.tunnels == 1
-    counters.closes.clear()
-    counters.tunnels = 0
-    counters.exchanges[:] = [0] * len(counters.exchanges)
+    proxy.forget_counts()
 
 
 def test_what_is_discarded_goes_nowhere() -> None:

@@ -246,6 +246,38 @@ def test_a_lost_stream_never_comes_to_an_end() -> None:
     assert (scanner.left_bytes > 1 << 63, scanner.begun) == (True, b"")
 
 
+@given(st.lists(FRAMES, max_size=5), st.booleans(), st.data())
+def test_another_scanner_goes_on_where_one_stands(
+    frames: list[tuple[int, bytes]],
+    mask: bool,  # noqa: FBT001
+    data: st.DataObject,
+) -> None:
+    """At every cut both know the same, and each frame is counted by one of the two."""
+    stream = b"".join(serialise(opcode, payload, mask=mask) for opcode, payload in frames)
+    at = data.draw(st.integers(0, len(stream)))
+    whole, first, second = (FrameScanner([0] * 16, is_masked=mask) for _ in range(3))
+    whole.feed(stream[:at])
+    whole.feed(stream[at:])
+    first.feed(stream[:at])
+    second.go_on_from(first.export())
+    assert second.export() == first.export()
+    assert (second.is_at_boundary, second.left_bytes) == (first.is_at_boundary, first.left_bytes)
+    second.feed(stream[at:])
+    assert second.export() == whole.export()
+    assert [one + other for one, other in zip(first.counts, second.counts, strict=True)] == whole.counts
+
+
+def test_a_scanner_that_does_not_go_on_loses_its_place() -> None:
+    stream = serialise(1, b"\x88\x02\x03\xe8" * 20, mask=False)
+    first, second = (FrameScanner([0] * 16, is_masked=False) for _ in range(2))
+    first.feed(stream[:6])
+    second.feed(stream[6:])
+    assert second.close_code == 1000
+    second.go_on_from(first.export())
+    second.feed(stream[6:])
+    assert (second.close_code, second.is_at_boundary) == (0, True)
+
+
 def test_the_opcodes_have_the_names_of_the_standard() -> None:
     assert {opcode.value: opcode.name.lower().replace("cont", "continuation") for opcode in Opcode} == OPCODES
 

@@ -14,7 +14,7 @@ from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
 from stickyproxy.wire.frames import FrameScanner, write_close
-from stickyproxy.wire.pings import PongFilter, write_ping
+from stickyproxy.wire.pings import FilterState, PongFilter, write_ping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -319,6 +319,29 @@ def test_a_filter_stands_where_a_scanner_would(pieces: list[bytes], before: byte
         scanner.feed(pong_filter.feed(piece))
         assert pong_filter.held in {b"", b"\x8a"}
         assert pong_filter.is_at_rest == (scanner.is_at_boundary and not pong_filter.held)
+
+
+@given(st.lists(FRAMES, max_size=5), st.booleans(), st.data())
+def test_another_filter_goes_on_where_one_stands(
+    frames: list[tuple[int, bytes]],
+    mask: bool,  # noqa: FBT001
+    data: st.DataObject,
+) -> None:
+    stream = b"".join(serialise(opcode, payload, mask=mask) for opcode, payload in frames)
+    at = data.draw(st.integers(0, len(stream)))
+    whole, first = new_filter(is_masked=mask), new_filter(is_masked=mask)
+    expected = whole.feed(stream[:at]) + whole.feed(stream[at:])
+    passed = first.feed(stream[:at])
+    second = PongFilter.going_on_from(first.export(), scan(is_masked=mask))
+    assert second.export() == first.export()
+    assert second.is_at_rest == first.is_at_rest
+    assert passed + second.feed(stream[at:]) == expected
+    assert second.export() == whole.export()
+
+
+def test_a_filter_without_a_prefix_is_refused() -> None:
+    with pytest.raises(ValueError, match="every Pong"):
+        PongFilter.going_on_from(FilterState(), scan(is_masked=False))
 
 
 def test_a_filter_that_takes_too_much_is_found() -> None:

@@ -6,19 +6,19 @@ import asyncio
 import logging
 import os
 import socket
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, cast
 
 from aiohttp import web
 
-from stickyproxy.control.admin.auth import make_guard
 from stickyproxy.control.admin.state import StateApi
 from stickyproxy.observe.metrics import write_metrics
+from stickyproxy.proxy.listener import UNIX_OPTIONS
 
 if TYPE_CHECKING:
-    from aiohttp.typedefs import Handler
+    from collections.abc import Awaitable, Callable
 
-    from stickyproxy.config import Admin
+    from aiohttp.typedefs import Handler, Middleware
+
     from stickyproxy.control.readings import Readings
     from stickyproxy.control.routing import Routing
 
@@ -42,47 +42,44 @@ PUT /api/v1/clusters/{cluster}/upstreams/{id}/state
 class AdminListener:
     """Serves operators on one bound socket."""
 
-    def __init__(self, admin: Admin, readings: Readings, routing: Routing) -> None:
-        self._address = admin.address
-        self._readings = readings
-        self._runner = web.AppRunner(
-            make_app(admin, readings, routing), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S
-        )
+    def __init__(self, app: web.Application) -> None:
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S)
         self._server: asyncio.Server | None = None
 
     async def start(self, link: socket.socket) -> None:
-        """Begin to accept on a socket that is bound already."""
-        self._readings.loop_lag.start()
+        """Begin to accept on a bound socket, which stays its owner's."""
+        link = link.dup()
         await self._runner.setup()
         server = cast("web.Server", self._runner.server)  # it is there from `setup` on
         loop = asyncio.get_running_loop()
         if link.family == socket.AF_UNIX:
-            os.chmod(self._address.path, 0o600)  # noqa: PTH101 -- as for every socket path here: no objects
-            self._server = await loop.create_unix_server(server, sock=link, backlog=_BACKLOG)
+            os.chmod(link.getsockname(), 0o600)  # noqa: PTH101 -- as for every socket path here: no objects
+            self._server = await loop.create_unix_server(server, sock=link, backlog=_BACKLOG, **UNIX_OPTIONS)
         else:
             self._server = await loop.create_server(server, sock=link, backlog=_BACKLOG)
 
     async def stop(self) -> None:
         """Accept nobody any more and end what is under way."""
-        self._readings.loop_lag.stop()
         if self._server is not None:
             self._server.close()
-            if self._address.is_unix:
-                with suppress(FileNotFoundError):
-                    os.unlink(self._address.path)  # noqa: PTH108
         await self._runner.cleanup()
 
 
-def make_app(admin: Admin, readings: Readings, routing: Routing) -> web.Application:
-    """Return the application with all routes."""
-    app = web.Application(middlewares=[_say_errors_in_json, make_guard(admin)], client_max_size=_MAX_BODY_BYTES)
+def make_app(
+    guard: Middleware, readings: Readings, routing: Routing, settle: Callable[[], Awaitable[None]]
+) -> web.Application:
+    """Return the application with all routes; `guard` lets in who may come in.
+
+    `settle` waits until the data plane works by the latest routing state.
+    """
+    app = web.Application(middlewares=[_say_errors_in_json, guard], client_max_size=_MAX_BODY_BYTES)
     app.on_response_prepare.append(_forbid_storing)
     pages = Pages(readings)
     app.router.add_get("/", pages.index)
     app.router.add_get("/livez", pages.livez)
     app.router.add_get("/readyz", pages.readyz)
     app.router.add_get("/metrics", pages.metrics)
-    StateApi(readings, routing).add_routes(app.router)
+    StateApi(readings, routing, settle).add_routes(app.router)
     return app
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from stickyproxy.config import Address
+from stickyproxy.control.runtime import ForeignPeerError, check_peer
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
@@ -42,6 +43,19 @@ def make_guard(admin: Admin) -> Middleware:
         return await handler(request)
 
     return guard
+
+
+@web.middleware
+async def admit_same_user(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let in who has connected to a Unix socket as this user, or as root."""
+    link = None if request.transport is None else request.transport.get_extra_info("socket")
+    try:
+        if link is None:
+            raise ForeignPeerError("who has connected is gone")  # noqa: TRY301 -- refused as all others are
+        check_peer(link)
+    except ForeignPeerError as error:
+        raise web.HTTPForbidden(text=str(error)) from error
+    return await handler(request)
 
 
 def _check_host(request: web.Request) -> None:

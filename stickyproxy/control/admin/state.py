@@ -10,6 +10,8 @@ from aiohttp import web
 from stickyproxy.affinity.snapshot import AdminState
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from stickyproxy.affinity.snapshot import Upstream
     from stickyproxy.control.readings import Readings
     from stickyproxy.control.routing import Routing
@@ -20,9 +22,10 @@ _STATES = ", ".join(AdminState)
 class StateApi:
     """The handlers under /api/v1."""
 
-    def __init__(self, readings: Readings, routing: Routing) -> None:
+    def __init__(self, readings: Readings, routing: Routing, settle: Callable[[], Awaitable[None]]) -> None:
         self._readings = readings
         self._routing = routing
+        self._settle = settle
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add the routes of the API."""
@@ -41,7 +44,12 @@ class StateApi:
         upstream = self._find(upstream_id)
         if upstream is None:
             raise web.HTTPNotFound(text=f"there is no upstream {upstream_id!r} in the cluster {cluster!r}")
-        self._routing.set_admin_state(upstream_id, parse_admin_state(await request.read()))
+        state = parse_admin_state(await request.read())
+        try:
+            self._routing.set_admin_state(upstream_id, state)
+        except ValueError as error:
+            raise web.HTTPConflict(text=str(error)) from error
+        await self._settle()  # whoever is told "done" may rely on it
         return web.json_response(self._readings.describe_upstream(self._routing.snapshot.by_digest[upstream.digest]))
 
     def _find(self, upstream_id: str) -> Upstream | None:

@@ -1,0 +1,112 @@
+"""What a configuration is made from, so that it can be read again, and made in another process.
+
+Stands above `load.py` and `overrides.py`: the start, each reload and each worker make their `Config` through one value,
+`ConfigSource`, which goes from process to process as JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stickyproxy.config.errors import ConfigError, ConfigErrors
+from stickyproxy.config.load import load_text, read_file
+from stickyproxy.config.overrides import with_overrides
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stickyproxy.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSource:
+    """The path of the file, None where there is none, and what the command line says over it.
+
+    The overrides are as `with_overrides` takes them. `path` and `control` are made absolute, because a reload may
+    happen in another working directory than the start; links are left as they are, because one that is pointed to
+    another file means that file. Raises `ConfigErrors` where the working directory is gone.
+    """
+
+    path: Path | None = None
+    urls: tuple[str, ...] = ()
+    listen: str | None = None
+    admin: str | None = None
+    workers: int | str | None = None
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", _absolute(self.path, "--config"))
+        if self.control is not None and self.control != "off":
+            object.__setattr__(self, "control", str(_absolute(Path(self.control), "--control")))
+
+    def load(self, env: Mapping[str, str]) -> Config:
+        """Read the file, and those that it names, and return the configuration.
+
+        `env` is where `env:NAME` is looked up. Raises `ConfigErrors` with every mistake of the file, or else with
+        every one of the command line.
+        """
+        return self.load_text(self.read_text(), env)
+
+    def read_text(self) -> str:
+        """Return what the file holds at this moment; "" where there is none. Raises `ConfigErrors`."""
+        return "" if self.path is None else read_file(self.path)
+
+    def load_text(self, text: str, env: Mapping[str, str], known: dict[str, bytes] | None = None) -> Config:
+        """Return the configuration with this text in place of the file's; otherwise as `load`.
+
+        `known` holds the secrets that are not read again, and gets those that are.
+        """
+        config = load_text(text, env, source="" if self.path is None else str(self.path), known=known)
+        return with_overrides(
+            config, urls=self.urls, listen=self.listen, admin=self.admin, workers=self.workers, control=self.control
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values for `json`, without what was not given.
+
+        So a version that does not know one of them can still read what was made without it.
+        """
+        plain = {"path": None if self.path is None else str(self.path), "urls": list(self.urls)}
+        given = {field.name: plain.get(field.name, getattr(self, field.name)) for field in fields(self)}
+        return {name: value for name, value in given.items() if value not in (None, [])}
+
+    @classmethod
+    def from_json(cls, raw: object) -> ConfigSource:
+        """Return the source that `to_json` wrote. Raises `ValueError` for anything else, a newer version's included."""
+        if not isinstance(raw, dict):
+            raise ValueError("the source of a configuration is an object")  # noqa: TRY004 - foreign JSON, no bug
+        for name, value in raw.items():
+            if not _is_right(name, value):
+                raise ValueError(f"the source of a configuration does not hold {name!r}, or not so")
+        given = dict(raw)
+        if "path" in given:
+            given["path"] = Path(given["path"])
+        return cls(**{**given, "urls": tuple(given.get("urls", ()))})
+
+
+def _absolute(path: Path, option: str) -> Path:
+    try:
+        return path.absolute()
+    except OSError as error:
+        message = f"cannot tell where {path} is, the working directory is gone ({error.strerror}); name it from / on"
+        raise ConfigErrors([ConfigError(option, None, message)]) from None
+
+
+def _is_right(name: str, value: object) -> bool:
+    """Say whether a value from elsewhere can be this field: of its type, and a path absolute already."""
+    match name, value:
+        case "path", str():
+            return value.startswith("/")
+        case "control", str():
+            return value == "off" or value.startswith("/")
+        case (("listen" | "admin" | "workers"), str()):
+            return True
+        case "workers", int():
+            return not isinstance(value, bool)
+        case "urls", list():
+            return all(isinstance(url, str) for url in value)
+        case _:
+            return False

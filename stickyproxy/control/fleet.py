@@ -1,0 +1,363 @@
+"""The workers together: started, replaced when they die, told what changes, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from typing_extensions import override
+
+from stickyproxy.control.messages import write_address, write_snapshot
+from stickyproxy.control.registry import SessionRegistry
+from stickyproxy.control.inheritance import open_socket
+from stickyproxy.control.worker_link import WorkerLink, start_process
+from stickyproxy.errors import ChannelError, UsageError
+from stickyproxy.observe.table import Table, Totals
+from stickyproxy.tasks import spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from stickyproxy.affinity.snapshot import Snapshot
+    from stickyproxy.config import Address, Loaded
+    from stickyproxy.control.channel import Message
+    from stickyproxy.control.inheritance import Inheritance, WorkerState
+    from stickyproxy.control.worker_link import Program
+    from stickyproxy.proxy.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
+
+_END_S: Final = 3.0  # for a worker that was told to end, beyond the time that it was given
+_PUBLISH_S: Final = 0.002  # changes within so long are published together: one probe may follow the other
+_ACKNOWLEDGED_S: Final = 5.0
+_BACK_OFF_S: Final = (0.0, 0.1, 0.5, 2.0, 5.0)  # before a worker that ends again and again is replaced
+_STABLE_S: Final = 30.0
+_HAND_OVER_S: Final = 120.0  # for a worker to move all that can move at once; 10,000 tunnels take some 2 s
+_HAND_OVER_TRIES: Final = 3
+_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What each worker is made from: the configuration as it was loaded, the secrets, and the bound sockets."""
+
+    loaded: Loaded
+    secrets: tuple[bytes, ...]
+    bound: Mapping[Address, socket.socket]
+    workers: int
+
+    def write(self, addresses: Sequence[Address]) -> dict[str, Any]:
+        """Return the orders as JSON; the sockets of `addresses` go beside them."""
+        limit = self.loaded.config.limits.connections
+        return {
+            **self.loaded.to_json(),
+            "secrets": [secret.hex() for secret in self.secrets],
+            "listeners": [write_address(one) for one in addresses],
+            "connections": None if limit is None else -(-limit // self.workers),
+        }
+
+
+class Fleet:
+    """All workers of a proxy. `on_message` gets what they send, but for what the fleet itself is asked."""
+
+    def __init__(self, orders: Orders, on_report: Callable[[str, str], None]) -> None:
+        self.orders = orders
+        self._on_report = on_report
+        self.links: list[WorkerLink] = []
+        """Those that serve, by index."""
+        self.leaving: list[WorkerLink] = []
+        """Those that were told to end, and finish what they have."""
+        self.successors: list[WorkerLink] = []
+        """Those of another version that will serve."""
+        self.totals = Totals()
+        """What the workers that have ended had counted."""
+        self.registry = SessionRegistry()
+        self.restarts = 0
+        self._snapshot: dict[str, Any] | None = None
+        self._publishing: asyncio.TimerHandle | None = None
+        self._is_stopping = False
+        self._started_at: dict[int, float] = {}
+        self._failures: dict[int, int] = {}
+
+    def __iter__(self) -> Iterator[WorkerLink]:
+        return iter((*self.links, *self.leaving))
+
+    async def start(self) -> None:
+        """Start all workers; raise UsageError, with none left, where one cannot start."""
+        links = [self._launch(index) for index in range(self.orders.workers)]
+        try:
+            await asyncio.gather(*(self._prepare(link) for link in links))
+        except ChannelError as error:
+            for link in links:
+                link.is_leaving = True
+                link.kill()
+            raise UsageError(f"a worker cannot start: {error}") from error
+        self.links = links
+
+    async def accept(self) -> None:
+        """Let all workers accept clients."""
+        await asyncio.gather(*(link.channel.request("accept") for link in self.links))
+
+    def _launch(self, index: int, program: Program | None = None) -> WorkerLink:
+        table = Table.create()
+        process_id, link = start_process(program)
+        self._started_at[index] = asyncio.get_running_loop().time()
+        return WorkerLink(index, process_id, link, table, on_message=self._take, on_end=self._on_end)
+
+    async def _prepare(self, link: WorkerLink) -> None:
+        """Have a worker make its data plane and take the routing state; raise ChannelError."""
+        bound = self.orders.bound
+        body = {"index": link.index, **self.orders.write(list(bound))}
+        await link.start(body, [link.table.descriptor, *(one.fileno() for one in bound.values())])
+        if self._snapshot is not None:
+            link.channel.send("publish", self._snapshot)
+
+    def _take(self, link: WorkerLink, message: Message) -> None:
+        match message.kind:
+            case "report":
+                self._on_report(str(message.body["upstream"]), str(message.body["event"]))
+            case "sessions":
+                self.registry.take(link.process_id, message.body)
+            case _:
+                logger.debug("worker %d says %s", link.index, message.kind)
+
+    # When the program, or the number of workers, is another
+
+    def adopt(self, inherited: Inheritance) -> None:
+        """Take over the workers that a former image of this process had."""
+        self.links = [self._adopt(state) for state in inherited.serving]
+        self.leaving = [self._adopt(state) for state in inherited.leaving]
+        self.totals = Totals.from_json(inherited.totals)
+        self.restarts = int(inherited.counts.get("restarts", 0))
+
+    def _adopt(self, state: WorkerState) -> WorkerLink:
+        os.set_inheritable(state.table, False)
+        link = WorkerLink(
+            state.index,
+            state.process_id,
+            open_socket(state.channel),
+            Table(state.table),
+            on_message=self._take,
+            on_end=self._on_end,
+            received=state.received,
+        )
+        link.version, link.is_ready, link.is_leaving = state.version, True, state.is_retiring
+        link.channel.send("report_all")
+        return link
+
+    async def start_successors(self, program: Program) -> list[WorkerLink]:
+        """Start as many workers of another version, and return them; raise UsageError, with none left, if one cannot."""
+        links = [self._launch(link.index, program) for link in self.links]
+        try:
+            await asyncio.gather(*(self._prepare(link) for link in links))
+        except ChannelError as error:
+            for link in links:
+                link.is_leaving = True
+                link.kill()
+            raise UsageError(f"a worker of the new version cannot start: {error}") from error
+        self.successors = links
+        return links
+
+    async def leave(self, successors: Sequence[WorkerLink]) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
+        """Part from all workers without ending them; return the successors, and those that they take over from."""
+        self._is_stopping = True
+        if self._publishing is not None:
+            self._publish_now()
+        leaving = tuple([await link.leave() for link in self])
+        return tuple([await link.leave() for link in successors]), leaving
+
+    async def take_over(self, grace_s: float) -> dict[str, int]:
+        """Let the serving workers take over from those that are leaving; return what has moved and what has not.
+
+        The keys are "moved_" and "left_" with the kinds of `Sender`. What is left goes on in the old workers until it
+        ends, or for `grace_s` seconds.
+        """
+        await self.accept()
+        counts: Counter[str] = Counter()
+        for number, old in enumerate([link for link in self.leaving if not link.is_leaving]):
+            counts += await self._hand_over(old, self.links[number % len(self.links)], grace_s)
+        return dict(counts)
+
+    async def _hand_over(self, old: WorkerLink, new: WorkerLink, grace_s: float) -> Counter[str]:
+        """Let one worker give its connections to another; it goes on serving them itself where that fails."""
+        old.is_leaving = True
+        for left in range(_HAND_OVER_TRIES, 0, -1):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with ours, theirs:
+                try:
+                    await new.channel.request("arrive", {}, [ours.fileno()])
+                    answer = await old.channel.request(
+                        "depart", {"grace_s": grace_s}, [theirs.fileno()], timeout_s=_HAND_OVER_S
+                    )
+                except ChannelError as error:
+                    logger.error("worker %d (pid %d) cannot hand over: %s", old.index, old.process_id, error)  # noqa: TRY400
+                    if left == 1 or old.ended.done():
+                        return Counter(failed=1)
+                    await asyncio.sleep(_RETRY_S)
+                    new = next((link for link in self.links if link.is_ready), new)
+                    continue
+            moved = {f"moved_{kind}": count for kind, count in answer.body.get("moved", {}).items()}
+            return Counter({**moved, **{f"left_{kind}": count for kind, count in answer.body.get("left", {}).items()}})
+        return Counter(failed=1)
+
+    async def resize(self, grace_s: float) -> None:
+        """Have as many workers as the orders say; those that go hand over to those that stay."""
+        while len(self.links) < self.orders.workers:
+            taken = {link.index for link in self.links}
+            index = next(number for number in range(self.orders.workers) if number not in taken)
+            link = self._launch(index)
+            try:
+                await self._prepare(link)
+                await link.channel.request("accept")
+            except ChannelError as error:
+                link.is_leaving = True
+                link.kill()
+                raise UsageError(f"a worker cannot start: {error}") from error
+            self.links.append(link)
+            self.links.sort(key=lambda one: one.index)
+        while len(self.links) > self.orders.workers:
+            old = self.links.pop()
+            self.leaving.append(old)
+            await self._hand_over(old, self.links[0], grace_s)
+
+    # When a worker ends
+
+    def _on_end(self, link: WorkerLink) -> None:
+        self.totals.fold(link.table.read())
+        link.table.close()
+        self.registry.forget(link.process_id)
+        if link in self.leaving:
+            self.leaving.remove(link)
+        if link not in self.links:
+            return
+        if link.is_leaving or self._is_stopping:
+            self.links.remove(link)
+            return
+        self.restarts += 1
+        logger.error("worker %d (pid %d) ended: %s", link.index, link.process_id, link.ended.result())
+        spawn(self._replace(link), "replace a worker")
+
+    async def _replace(self, gone: WorkerLink) -> None:
+        """Start another worker in place of one that has ended, again and again, at longer and longer intervals."""
+        loop, index = asyncio.get_running_loop(), gone.index
+        is_stable = loop.time() - self._started_at.get(index, 0.0) > _STABLE_S
+        failures = 0 if is_stable else self._failures.get(index, 0)
+        while not self._is_stopping and gone in self.links:
+            await asyncio.sleep(_BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)])
+            failures = self._failures[index] = failures + 1
+            link = self._launch(index)
+            try:
+                await self._prepare(link)
+                await link.channel.request("accept")
+            except ChannelError as error:
+                logger.error("worker %d cannot start: %s", index, error)  # noqa: TRY400 -- the reason is all there is
+                link.is_leaving = True
+                link.kill()
+                continue
+            if gone in self.links and not self._is_stopping:
+                self.links[self.links.index(gone)] = link
+                logger.info("worker %d is back (pid %d)", index, link.process_id)
+                return
+            link.is_leaving = True
+            link.kill()
+
+    # Reloads
+
+    async def reload(self, orders: Orders, added: Sequence[Address]) -> None:
+        """Let all workers work by other orders; `added` are the addresses whose sockets they do not have yet.
+
+        Raises UsageError where one cannot; then all go on as before.
+        """
+        before, self.orders = self.orders, orders
+        descriptors = [orders.bound[address].fileno() for address in added]
+        links = [link for link in self.links if link.is_ready]
+        answers = await asyncio.gather(
+            *(link.channel.request("reload", orders.write(added), descriptors) for link in links),
+            return_exceptions=True,
+        )
+        wrong = next((str(one) for link, one in zip(links, answers, strict=True) if _is_refusal(link, one)), None)
+        if wrong is not None:
+            self.orders = before
+            await self.ask_all("reload", before.write([]))
+            raise UsageError(f"a worker cannot work by it: {wrong}")
+
+    # What all are told
+
+    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
+        """Send a routing state to all workers, very soon."""
+        self._snapshot = None
+        self._pending = (snapshot, dict(endpoints))
+        if self._publishing is None:
+            self._publishing = asyncio.get_running_loop().call_later(_PUBLISH_S, self._publish_now)
+
+    def _publish_now(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
+            self._publishing = None
+        self._snapshot = write_snapshot(*self._pending)
+        for link in (*self, *self.successors):
+            if link.is_ready:
+                link.channel.send("publish", self._snapshot)
+
+    async def published(self) -> None:
+        """Wait until each worker works by the latest routing state, for 5 seconds at most."""
+        if self._publishing is not None:
+            self._publish_now()
+        await self.ask_all("ping", timeout_s=_ACKNOWLEDGED_S)
+
+    async def ask_all(
+        self, kind: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 30.0
+    ) -> list[Message | Exception]:
+        """Ask each serving worker for something; return the answers, or why there is none."""
+        return await asyncio.gather(
+            *(link.channel.request(kind, dict(body or {}), timeout_s=timeout_s) for link in self.links if link.is_ready),
+            return_exceptions=True,
+        )  # type: ignore[return-value]  # exceptions of other kinds are not swallowed by gather
+
+    # The end
+
+    async def drain(self, grace_s: float) -> None:
+        """Let all workers finish what they have, for `grace_s` seconds at most."""
+        self._is_stopping = True
+        await asyncio.gather(
+            *(link.channel.request("drain", {"grace_s": grace_s}, timeout_s=grace_s + _END_S) for link in self),
+            return_exceptions=True,
+        )
+
+    async def close(self) -> None:
+        """End all workers now; those that do not, are killed."""
+        self._is_stopping = True
+        if self._publishing is not None:
+            self._publishing.cancel()
+        links = tuple(self)
+        for link in links:
+            link.is_leaving = True
+            link.channel.send("stop")
+        waiting = [link.ended for link in links if not link.reap()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_END_S)
+        for link in links:
+            if not link.reap():
+                logger.error("worker %d (pid %d) does not end: killed", link.index, link.process_id)
+                link.kill()
+                await asyncio.wait([link.ended], timeout=_END_S)
+
+    def count_open(self) -> tuple[int, int]:
+        """Return how many connections and tunnels are open, as of the last tick of each worker."""
+        readings = [link.table.read() for link in self]
+        tunnels = sum(one.tunnels_open for reading in readings for one in reading.upstreams.values())
+        return sum(reading.plane.downstreams for reading in readings), tunnels
+
+    @override
+    def __repr__(self) -> str:
+        return f"<Fleet of {len(self.links)} workers, {len(self.leaving)} leaving>"
+
+
+def _is_refusal(link: WorkerLink, answer: Message | BaseException) -> bool:
+    """Say whether a worker that lives has not done what it was asked; one that has died is made by the new orders."""
+    return isinstance(answer, BaseException) and not link.ended.done()

@@ -1,0 +1,280 @@
+"""The program of a worker process: does what the supervisor says over the channel that it inherits as descriptor 3.
+
+Signals of the terminal and of service managers are for the supervisor alone; when that is gone, the worker ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import uvloop
+
+from stickyproxy import __version__
+from stickyproxy.config import Loaded
+from stickyproxy.control.certificates import make_listener_context, make_upstream_contexts
+from stickyproxy.control.channel import Channel, Message
+from stickyproxy.control.descriptors import choose_connection_limit, raise_descriptor_limit
+from stickyproxy.control.messages import PROTOCOL, read_address, read_snapshot
+from stickyproxy.control.process import set_log_level, set_up_log, tune_collector
+from stickyproxy.control.transfer import Receiver, Sender
+from stickyproxy.control.worker import Worker
+from stickyproxy.errors import ChannelError, StickyproxyError
+from stickyproxy.observe.table import Table
+from stickyproxy.tasks import spawn
+from stickyproxy.wire.frames import SERVICE_RESTART
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from stickyproxy.affinity.health import HealthEvent
+    from stickyproxy.config import Address, Config
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_DESCRIPTOR: Final = 3
+_RETIRE_S: Final = 2.0  # over which the tunnels that could not move are closed, and as long again for their answers
+_ORPHAN_S: Final = 1.0  # for the Close frames of its tunnels, once the supervisor is gone
+_IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LONG: Final = frozenset({"drain", "depart"})  # others are handled meanwhile
+
+
+class WorkerProcess:
+    """One worker, from its start message to its end; each method `_on_KIND` handles one kind of message."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._channel = Channel(link, self._on_message, self._on_lost)
+        self._worker: Worker | None = None
+        self._contexts: dict[str, ssl.SSLContext] = {}  # of upstreams, by id
+        self._is_over = asyncio.Event()
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._handlers: dict[str, Callable[[Message], Awaitable[dict[str, Any] | None]]] = {
+            "start": self._on_start,
+            "publish": self._on_publish,
+            "accept": self._on_accept,
+            "reload": self._on_reload,
+            "renew": self._on_renew,
+            "report_all": self._on_report_all,
+            "arrive": self._on_arrive,
+            "depart": self._on_depart,
+            "drain": self._on_drain,
+            "ping": self._on_ping,
+            "stop": self._on_stop,
+        }
+
+    async def run(self) -> None:
+        """Work until told to stop, or until the supervisor is gone."""
+        self._channel.send("hello", {"protocol": PROTOCOL, "version": __version__, "pid": os.getpid()})
+        handling = spawn(self._handle_all(), "messages of the supervisor")
+        await self._is_over.wait()
+        handling.cancel()
+        await self._channel.flush()
+        self._channel.close()
+
+    def _on_message(self, message: Message) -> None:
+        self._inbox.put_nowait(Message(message.kind, message.body, message.take_descriptors(), message.number))
+
+    def _on_lost(self, reason: str) -> None:
+        if not self._is_over.is_set():
+            logger.error("the supervisor is gone (%s): ending", reason)
+            spawn(self._end_orphaned(), "end without the supervisor")
+
+    async def _end_orphaned(self) -> None:
+        if self._worker is not None:
+            await self._worker.shut_tunnels(_ORPHAN_S / 2, SERVICE_RESTART, "the proxy restarts")
+            await self._worker.drain(_ORPHAN_S)
+            await self._worker.close()
+        self._is_over.set()
+
+    async def _handle_all(self) -> None:
+        """Handle messages one after the other: what was sent later counts later."""
+        while True:
+            message = await self._inbox.get()
+            if message.kind in _LONG:
+                spawn(self._handle(message), message.kind)
+            else:
+                await self._handle(message)
+
+    async def _handle(self, message: Message) -> None:
+        try:
+            handler = self._handlers.get(message.kind)
+            if handler is None:
+                raise ChannelError(f"this version knows no {message.kind!r}")  # noqa: TRY301 -- refused as all else is
+            answer = await handler(message)
+        except StickyproxyError as error:
+            self._channel.refuse(message, str(error))
+        except Exception as error:
+            logger.exception("cannot %s", message.kind)
+            self._channel.refuse(message, f"{type(error).__name__}: {error}")
+        else:
+            self._channel.answer(message, answer)
+        finally:
+            message.close()
+
+    @property
+    def _running(self) -> Worker:
+        if self._worker is None:
+            raise ChannelError("the worker has not been started")
+        return self._worker
+
+    async def _on_start(self, message: Message) -> None:
+        """Make the data plane. Descriptors: the table, then the sockets of the listeners."""
+        body = message.body
+        config = _load(body)
+        set_up_log(config.log_level, f"worker {body['index']}")
+        table, *links = message.take_descriptors()
+        raise_descriptor_limit()
+        self._worker = worker = Worker(
+            config,
+            [bytes.fromhex(one) for one in body["secrets"]],
+            connections=_limit_connections(body),
+            report=self._report,
+            table=Table(table),
+        )
+        self._contexts = make_upstream_contexts(config.upstreams)
+        worker.plane.on_tick = self._report_sessions
+        worker.add_listeners(_read_links(body, links), _make_contexts(config))
+        tune_collector()
+
+    def _report(self, upstream_id: str, event: HealthEvent) -> None:
+        self._channel.send("report", {"upstream": upstream_id, "event": event})
+
+    def _report_sessions(self) -> None:
+        """Tell which sessions began, were moved, or ended; the supervisor counts each once."""
+        began, ended = self._running.plane.sessions.take_changes()
+        if began or ended:
+            news = [[one.client_id.hex(), one.digest.hex(), one.pinned_at] for one in began]
+            self._channel.send("sessions", {"began": news, "ended": [one.hex() for one in ended]})
+
+    async def _on_report_all(self, _: Message) -> None:
+        """Tell all sessions again: another image of the supervisor knows none yet."""
+        self._running.plane.sessions.forget_changes()
+        self._report_sessions()
+
+    async def _on_publish(self, message: Message) -> None:
+        self._running.publish(*read_snapshot(message.body, self._contexts))
+
+    async def _on_ping(self, _: Message) -> None:
+        """Answer: all that was sent before is done."""
+
+    async def _on_accept(self, _: Message) -> None:
+        await self._running.accept()
+
+    async def _on_reload(self, message: Message) -> None:
+        """Work by another configuration. Descriptors: the sockets of listeners that are new."""
+        body, worker = message.body, self._running
+        config = await asyncio.to_thread(_load, body)
+        contexts = await asyncio.to_thread(_make_contexts, config)
+        upstream_contexts = await asyncio.to_thread(make_upstream_contexts, config.upstreams)
+        secrets = [bytes.fromhex(one) for one in body["secrets"]]
+        worker.reload(config, secrets, connections=_limit_connections(body), contexts=contexts)
+        self._contexts |= upstream_contexts  # of those that are gone, some may still hold sessions
+        set_log_level(config.log_level)
+        worker.add_listeners(_read_links(body, message.take_descriptors()), contexts)
+        await worker.accept()
+
+    async def _on_renew(self, message: Message) -> None:
+        """Take the files of a listener's certificates anew."""
+        worker, address = self._running, read_address(message.body["address"])
+        tls = next((one.tls for one in worker.config.listeners if one.address == address), None)
+        if tls is not None:
+            worker.renew(address, await asyncio.to_thread(make_listener_context, tls))
+
+    async def _on_arrive(self, message: Message) -> None:
+        """Take over what another worker sends over the socket that comes with the message."""
+        Receiver(self._running, _only_socket(message))
+
+    async def _on_depart(self, message: Message) -> dict[str, Any]:
+        """Give all that can move to the worker at the other end of the socket that comes with the message, and end.
+
+        The answer comes when all has moved that could move at once: it says how many connections did, by kind, and how
+        many are left, by what keeps them. Those go on until they end, or until the grace is over.
+        """
+        worker, grace_s = self._running, float(message.body["grace_s"])
+        sender = Sender(worker, _only_socket(message))
+        worker.pause()
+        worker.plane.is_leaving = True
+        try:
+            left = await sender.send()
+        except ChannelError:
+            worker.plane.is_leaving = False
+            await sender.close()
+            await worker.accept()
+            raise
+        spawn(self._retire(sender, grace_s), "end after the hand-over")
+        return {"moved": dict(sender.moved), "left": dict(left)}
+
+    async def _retire(self, sender: Sender, grace_s: float) -> None:
+        """Finish what cannot move, and end."""
+        worker, loop = self._running, asyncio.get_running_loop()
+        until = loop.time() + grace_s
+        try:
+            await sender.finish(grace_s)
+        except ChannelError as error:
+            logger.warning("the worker that took over is gone: %s", error)
+        await sender.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await worker.plane.wait_until_gone()
+        await worker.shut_tunnels(_RETIRE_S, SERVICE_RESTART, "the proxy was replaced")
+        await worker.drain(2 * _RETIRE_S)
+        await worker.close()
+        self._is_over.set()
+
+    async def _on_drain(self, message: Message) -> None:
+        await self._running.drain(float(message.body["grace_s"]))
+
+    async def _on_stop(self, _: Message) -> None:
+        if self._worker is not None:
+            await self._worker.close()
+        self._is_over.set()
+
+
+def _only_socket(message: Message) -> socket.socket:
+    """Return the socket that comes with a message; raise ChannelError where it is not exactly one."""
+    if len(message.descriptors) != 1:
+        raise ChannelError(f"one socket is needed, {len(message.descriptors)} came")
+    return socket.socket(fileno=message.take_descriptors()[0])
+
+
+def _load(body: Mapping[str, Any]) -> Config:
+    """Return the configuration that a message carries; raise UsageError where this version cannot read it."""
+    return Loaded.from_json(body, os.environ).config
+
+
+def _make_contexts(config: Config) -> dict[Address, ssl.SSLContext]:
+    return {one.address: make_listener_context(one.tls) for one in config.listeners if one.tls is not None}
+
+
+def _limit_connections(body: Mapping[str, Any]) -> int:
+    return choose_connection_limit(raise_descriptor_limit(), body.get("connections"))
+
+
+def _read_links(body: Mapping[str, Any], descriptors: list[int]) -> dict[Address, socket.socket]:
+    """Return the sockets of listeners, by address."""
+    links = [socket.socket(fileno=one) for one in descriptors]
+    for link in links:
+        link.setblocking(False)
+    return dict(zip(map(read_address, body["listeners"]), links, strict=True))
+
+
+async def _run(link: socket.socket) -> None:
+    await WorkerProcess(link).run()
+
+
+def main() -> None:
+    """Run a worker on the channel that was inherited."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    set_up_log("info", "worker")
+    uvloop.run(_run(socket.socket(fileno=CHANNEL_DESCRIPTOR)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A configuration that has every key, and for each key another value with the line that tells of the change.
+
+Any of the changes can be made together; the keys that name the items of lists, such as the id of an upstream, are
+not among them.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stickyproxy.config.document import read_document
+from stickyproxy.config.schema import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stickyproxy.config.errors import PathInFile
+
+TEXT = """
+listeners:
+  - address: 0.0.0.0:443
+    tls: {certificates: [{certificate: /a.pem, key: /a.key}, /b.pem], client_ca: /ca.pem}
+  - {address: ":80", proxy_protocol: true}
+upstreams:
+  - {id: app-1, url: "https://a:1", tls: {certificate: /c.pem, key: /c.key}}
+  - {url: "http://127.0.0.1:8002"}
+affinity:
+  cookie: {}
+  secrets: [first-secret-0123456789-0123456789]
+health: {probe: {path: /healthz}}
+admin: {token: first-token-0123456789}
+trusted_proxies: [10.0.0.0/8, unix]
+websocket: {origins: [same-host, "https://*.example.org"], ping: {}}
+access_log: {format: json}
+"""
+
+
+class Row(NamedTuple):
+    """A key, the value that it gets, and the line that tells of it."""
+
+    path: PathInFile
+    value: object
+    line: str
+
+
+_PROBE = "health.probe"
+_ROWS: list[tuple[str, object, str]] = [
+    ("listeners.0.tls.certificates.0.key", "/x.key",
+     "listeners.0.0.0.0:443.tls.certificates./a.pem.key: /a.key -> /x.key"),
+    ("listeners.0.tls.minimum_version", 1.3, "listeners.0.0.0.0:443.tls.minimum_version: '1.2' -> '1.3'"),
+    ("listeners.0.tls.client_ca", "/x y.pem", "listeners.0.0.0.0:443.tls.client_ca: /ca.pem -> /x y.pem"),
+    ("listeners.0.tls.client_certificates", "optional",
+     "listeners.0.0.0.0:443.tls.client_certificates: required -> optional"),
+    ("listeners.1.proxy_protocol", False, "listeners.:80.proxy_protocol: true -> false"),
+    ("listeners.1.redirect_to_https", 8443, "listeners.:80.redirect_to_https: false -> 8443"),
+    ("upstreams.0.url", "https://[::1]", "upstreams.app-1.url: https://a:1 -> https://[::1]:443"),
+    ("upstreams.0.weight", 2, "upstreams.app-1.weight: 1 -> 2"),
+    ("upstreams.0.tls.ca", "/ca.pem", "upstreams.app-1.tls.ca: null -> /ca.pem"),
+    ("upstreams.0.tls.verify", False, "upstreams.app-1.tls.verify: true -> false"),
+    ("upstreams.0.tls.server_name", "B.example", "upstreams.app-1.tls.server_name: null -> b.example"),
+    ("upstreams.0.tls.certificate", "/é.pem", 'upstreams.app-1.tls.certificate: /c.pem -> "/\\xE9.pem"'),
+    ("upstreams.0.tls.key", "/d.key", "upstreams.app-1.tls.key: /c.key -> /d.key"),
+    ("upstreams.1.max_sessions", 500, "upstreams.127.0.0.1:8002.max_sessions: null -> 500"),
+    ("affinity.cookie.name", "pin", "affinity.cookie.name: stickyproxy -> pin"),
+    ("affinity.cookie.path", "/a: b", "affinity.cookie.path: / -> '/a: b'"),
+    ("affinity.cookie.domain", "example.org", "affinity.cookie.domain: null -> example.org"),
+    ("affinity.cookie.max_age", "30d", "affinity.cookie.max_age: null -> 30d"),
+    ("affinity.cookie.http_only", False, "affinity.cookie.http_only: true -> false"),
+    ("affinity.cookie.same_site", "none", "affinity.cookie.same_site: lax -> none"),
+    ("affinity.cookie.secure", True, "affinity.cookie.secure: auto -> true"),
+    ("affinity.cookie.partitioned", True, "affinity.cookie.partitioned: false -> true"),
+    ("affinity.secrets", ["second-secret-0123456789-0123456789"], "affinity.secrets: changed"),
+    ("affinity.policy", "random", "affinity.policy: least_sessions -> random"),
+    ("affinity.on_unavailable", {"wait": "90s"}, "affinity.on_unavailable: redispatch -> {wait: 90s}"),
+    ("affinity.client_address", True, "affinity.client_address: false -> true"),
+    ("affinity.max_idle", "1h", "affinity.max_idle: null -> 1h"),
+    ("affinity.max_life", "1500ms", "affinity.max_life: null -> 1500ms"),
+    ("affinity.session_idle", 0, "affinity.session_idle: 5m -> 0s"),
+    (f"{_PROBE}.path", "/?a", f"{_PROBE}.path: /healthz -> /?a"),
+    (f"{_PROBE}.expect", ["200-399", 404], f"{_PROBE}.expect: 404 added"),
+    (f"{_PROBE}.interval", "7s", f"{_PROBE}.interval: 5s -> 7s"),
+    (f"{_PROBE}.timeout", "0.5ms", f"{_PROBE}.timeout: 2s -> 0.5ms"),
+    (f"{_PROBE}.rise", 1, f"{_PROBE}.rise: 2 -> 1"),
+    (f"{_PROBE}.fall", 1, f"{_PROBE}.fall: 3 -> 1"),
+    (f"{_PROBE}.jitter", 0, f"{_PROBE}.jitter: 10 -> 0"),
+    ("admin.address", "[::1]:9090", "admin.address: 127.0.0.1:9090 -> '[::1]:9090'"),
+    ("admin.token", "second-token-0123456789", "admin.token: changed"),
+    ("trusted_proxies", ["10.0.0.0/8", "::1", "unix"], "trusted_proxies: ::1/128 added"),
+    ("forwarded.forwarded", True, "forwarded.forwarded: false -> true"),
+    ("forwarded.prefix", "/app", "forwarded.prefix: null -> /app"),
+    ("timeouts.tls_handshake", "1s", "timeouts.tls_handshake: 10s -> 1s"),
+    ("timeouts.head", "1s", "timeouts.head: 10s -> 1s"),
+    ("timeouts.body_idle", "off", "timeouts.body_idle: 1m -> off"),
+    ("timeouts.keep_alive", 0, "timeouts.keep_alive: 75s -> 0s"),
+    ("timeouts.send", "1s", "timeouts.send: 1m -> 1s"),
+    ("timeouts.connect", "1s", "timeouts.connect: 5s -> 1s"),
+    ("timeouts.response", "off", "timeouts.response: 5m -> off"),
+    ("timeouts.response_idle", "1s", "timeouts.response_idle: 5m -> 1s"),
+    ("timeouts.websocket_handshake", "1s", "timeouts.websocket_handshake: 1m -> 1s"),
+    ("timeouts.upstream_keep_alive", "1s", "timeouts.upstream_keep_alive: 4s -> 1s"),
+    ("timeouts.tunnel_idle", "1s", "timeouts.tunnel_idle: off -> 1s"),
+    ("timeouts.tunnel_max_age", "1d", "timeouts.tunnel_max_age: off -> 1d"),
+    ("timeouts.tunnel_max_age_jitter", 0, "timeouts.tunnel_max_age_jitter: 10 -> 0"),
+    ("timeouts.linger", "1s", "timeouts.linger: 2s -> 1s"),
+    ("limits.head", "1MiB", "limits.head: 128KiB -> 1MiB"),
+    ("limits.line", "1000B", "limits.line: 64KiB -> 1000B"),
+    ("limits.fields", 1024, "limits.fields: 200 -> 1024"),
+    ("limits.target", "1KiB", "limits.target: 16KiB -> 1KiB"),
+    ("limits.handshake", "1KiB", "limits.handshake: 128KiB -> 1KiB"),
+    ("limits.body", 0, "limits.body: off -> 0B"),
+    ("limits.trailers", 0, "limits.trailers: 8KiB -> 0B"),
+    ("limits.chunk_extensions", "1KiB", "limits.chunk_extensions: 4KiB -> 1KiB"),
+    ("limits.buffer", "1MiB", "limits.buffer: 64KiB -> 1MiB"),
+    ("limits.connections", 9, "limits.connections: auto -> 9"),
+    ("limits.connections_per_address", 9, "limits.connections_per_address: off -> 9"),
+    ("limits.upstream_idle_connections", 0, "limits.upstream_idle_connections: 256 -> 0"),
+    ("websocket.origins", ["same-host", "https://*.example.org", "null"], "websocket.origins: null added"),
+    ("websocket.ping.interval", "1s", "websocket.ping.interval: 30s -> 1s"),
+    ("websocket.ping.timeout", "off", "websocket.ping.timeout: 20s -> off"),
+    ("dns_refresh", "off", "dns_refresh: 10s -> off"),
+    ("access_log.format", "combined", "access_log.format: json -> combined"),
+    ("access_log.path", "/var/log/x", "access_log.path: '-' -> /var/log/x"),
+    ("log_level", "debug", "log_level: info -> debug"),
+    ("grace", "1s", "grace: 30s -> 1s"),
+    ("state_directory", "/x", "state_directory: null -> /x"),
+    ("workers", "auto", "workers: 1 -> auto"),
+    ("control", False, "control: null -> false"),
+    ("hand_over", "/run/h.sock", "hand_over: null -> /run/h.sock"),
+    ("reload_on_change", True, "reload_on_change: false -> true"),
+]  # fmt: skip
+
+ROWS = [
+    Row(tuple(int(key) if key.isdigit() else key for key in path.split(".")), value, line)
+    for path, value, line in _ROWS
+]
+
+
+def config_with(rows: Iterable[Row]) -> Config:
+    """Return the configuration with these values in place of its own."""
+    raw: Any = read_document(TEXT).value
+    for path, value, _ in rows:
+        place = raw
+        for key in path[:-1]:
+            place = place[key] if isinstance(key, int) else place.setdefault(key, {})
+        place[path[-1]] = deepcopy(value)
+    return Config.model_validate(raw)
