@@ -70,8 +70,20 @@ def _clear_errors() -> Iterator[None]:
 @click.option("--admin", metavar="ADDRESS", help=f"The admin listener (default {_DEFAULT_ADMIN}), or off.")
 @click.option("--workers", metavar="N", help="Processes of the data plane: a number, or auto for one a core.")
 @click.option("--control", metavar="PATH", help="The Unix socket for commands, or off (default: one by process id).")
+@click.option(
+    "--take-over",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Take the place of the proxy whose hand-over socket this is, with all its connections.",
+)
 @click.argument("urls", nargs=-1, metavar="[URL ...]")
-def serve(urls: tuple[str, ...], config_file: Path | None, workers: str | None, **addresses: str | None) -> None:
+def serve(
+    urls: tuple[str, ...],
+    config_file: Path | None,
+    workers: str | None,
+    take_over: Path | None,
+    **addresses: str | None,
+) -> None:
     """Serve the upstreams of a file, or those named by URL, until SIGTERM or Ctrl-C."""
     with _clear_errors():
         left = take()
@@ -82,7 +94,7 @@ def serve(urls: tuple[str, ...], config_file: Path | None, workers: str | None, 
         source = ConfigSource(path=config_file, urls=urls, workers=number, **addresses)
         loaded = Loaded.read(source, os.environ)
         set_up_log(loaded.config.log_level)
-        uvloop.run(run_proxy(loaded))
+        uvloop.run(run_proxy(loaded, take_over=take_over))
 
 
 def _go_on(inheritance: Inheritance, is_check: bool) -> None:  # noqa: FBT001 -- as it was left

@@ -94,6 +94,8 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     candidates = _with_room(snapshot, candidates, load)
     if not candidates:
         return ALL_FULL
+    if snapshot.rules.is_shared:
+        return Choice(choose_rendezvous(candidates, question.session.client_id), Outcome.REDISPATCHED, reason)
     return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
 
 

@@ -85,6 +85,7 @@ class SessionTable:
         self.counts: dict[bytes, int] = {}
         """Active sessions by upstream digest."""
         self._changed: set[bytes] | None = None
+        self._reported: dict[bytes, int] = {}
 
     def adopt(self, other: SessionTable) -> None:
         """Work by the secrets and lifetimes of another table from now on; the sessions stay."""
@@ -100,10 +101,15 @@ class SessionTable:
         The first call begins to note them, and returns all.
         """
         changed, self._changed = self._changed, set()
+        self._reported = dict(self.counts)
         if changed is None:
             return list(self._active.values()), []
         began = [self._active[client_id] for client_id in changed if client_id in self._active]
         return began, [client_id for client_id in changed if client_id not in self._active]
+
+    def count_unreported(self, digest: bytes) -> int:
+        """Return by how many the active sessions of an upstream have grown since the last `take_changes`."""
+        return self.counts.get(digest, 0) - self._reported.get(digest, 0)
 
     def forget_changes(self) -> None:
         """Let the next `take_changes` return all sessions again."""

@@ -73,13 +73,18 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a cluster chooses. `wait_s` seconds count only with on_unavailable "wait"."""
+    """How a cluster chooses. `wait_s` seconds count only with on_unavailable "wait".
+
+    `is_shared` says that several processes choose: for a client whose pin breaks they must all choose the same, since
+    its requests may come to several at once.
+    """
 
     policy: Policy = "least_sessions"
     on_unavailable: OnUnavailable = "redispatch"
     wait_s: float = 0.0
     has_cookie: bool = True
     uses_client_address: bool = False
+    is_shared: bool = False
 
 
 class Snapshot:

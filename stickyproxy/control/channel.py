@@ -11,6 +11,7 @@ import array
 import asyncio
 import errno
 import json
+import logging
 import os
 import socket
 import struct
@@ -32,6 +33,13 @@ MAX_DESCRIPTORS: Final = 250  # in one message; SCM_MAX_FD of the kernel is 253
 _MAX_BYTES: Final = 32 * 1024 * 1024
 _READ_BYTES: Final = 256 * 1024
 _RETRY_S: Final = 0.01  # after ETOOMANYREFS: more descriptors are on their way than the process may have open
+_NOT_INHERITED: Final[int] = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # from the first moment, where the system can
+
+logger = logging.getLogger(__name__)
+
+
+class TooLargeError(ChannelError):
+    """A message has more descriptors or more text than one may have; nothing of it was sent."""
 
 
 @dataclass(slots=True)
@@ -60,7 +68,8 @@ class Channel:
     """One end of a channel, on the running loop.
 
     `on_message` is called with each message that is no answer, `on_lost` once, with the reason, when the other end is
-    gone or has sent what is no message.
+    gone or has sent what is no message; never from within `send`. What the other end sent before it went still counts.
+    An exception of `on_message` is logged, and is the answer where one is awaited.
     """
 
     def __init__(
@@ -83,32 +92,51 @@ class Channel:
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._flushed: asyncio.Future[None] | None = None
         self._is_waiting = False
+        self._is_mute = False  # the other end takes nothing any more; what it has sent is still to be read
         self.is_closed = False
         self._loop.add_reader(link.fileno(), self._read)
+        if received:
+            self._loop.call_soon(self._take_messages)
+
+    @property
+    def is_open(self) -> bool:
+        """Say whether what is sent may arrive."""
+        return not self.is_closed and not self._is_mute
 
     def send(self, kind: str, body: dict[str, Any] | None = None, descriptors: Sequence[int] = ()) -> None:
-        """Send a message; nothing happens where the channel is closed. The descriptors are duplicated first."""
+        """Send a message; nothing happens where the channel is not open. The descriptors are duplicated first.
+
+        Raises TooLargeError, and ChannelError where no descriptor is left for the duplicates; nothing is sent then.
+        """
         self._send({"kind": kind, **({"body": body} if body else {})}, descriptors)
 
     async def request(
         self, kind: str, body: dict[str, Any] | None = None, descriptors: Sequence[int] = (), *, timeout_s: float = 30.0
     ) -> Message:
-        """Send a message and return its answer; raise ChannelError where none comes, or one that says why not."""
-        if self.is_closed:
+        """Send a message and return its answer; raise ChannelError where none comes, or one that says why not.
+
+        Raises TooLargeError as `send` does. The descriptors of the answer are the caller's.
+        """
+        if not self.is_open:
             raise ChannelError("the other process is gone")
         self._numbers += 1
         number = self._numbers
         answer: asyncio.Future[Message] = self._loop.create_future()
         self._answers[number] = answer
-        self._send({"kind": kind, "number": number, **({"body": body} if body else {})}, descriptors)
         try:
+            self._send({"kind": kind, "number": number, **({"body": body} if body else {})}, descriptors)
             async with asyncio.timeout(timeout_s):
                 message = await answer
         except TimeoutError as error:
+            _drop(answer)
             raise ChannelError(f"no answer within {timeout_s:g} s") from error
+        except BaseException:
+            _drop(answer)
+            raise
         finally:
             self._answers.pop(number, None)
         if "error" in message.body:
+            message.close()
             raise ChannelError(str(message.body["error"]))
         return message
 
@@ -122,13 +150,13 @@ class Channel:
         self.answer(message, {"error": reason})
 
     def _send(self, envelope: dict[str, Any], descriptors: Sequence[int]) -> None:
-        if self.is_closed:
+        if not self.is_open:
             return
         text = json.dumps(envelope, separators=(",", ":")).encode()
         if len(descriptors) > MAX_DESCRIPTORS or len(text) > _MAX_BYTES:
-            raise ChannelError(f"too large to send: {len(descriptors)} descriptors, {len(text)} bytes")
+            raise TooLargeError(f"too large to send: {len(descriptors)} descriptors, {len(text)} bytes")
         frame = _HEAD.pack(_MAGIC, len(descriptors), len(text)) + text
-        self._unsent.append((memoryview(frame), [os.dup(one) for one in descriptors]))
+        self._unsent.append((memoryview(frame), _duplicate(descriptors)))
         if not self._is_waiting:
             self._write()
 
@@ -148,13 +176,32 @@ class Channel:
                     self._is_waiting = True
                     self._loop.call_later(_RETRY_S, self._write)
                     return
-                self._lose(error.strerror or str(error))
+                self._fail(error.strerror or str(error))
                 return
             _close_all(descriptors)
             if sent == len(data):
                 self._unsent.popleft()
             else:
                 self._unsent[0] = data[sent:], []
+        self._wake_flushing()
+
+    def _fail(self, reason: str) -> None:
+        """Send nothing more, and end once all is read that the other end sent before it went."""
+        self._is_mute = True
+        self._drop_unsent()
+        self._loop.call_soon(self._end, reason)
+
+    def _end(self, reason: str) -> None:
+        self.read_rest()
+        self._lose(reason)
+
+    def _drop_unsent(self) -> None:
+        for _, descriptors in self._unsent:
+            _close_all(descriptors)
+        self._unsent.clear()
+        self._wake_flushing()
+
+    def _wake_flushing(self) -> None:
         if self._flushed is not None and not self._flushed.done():
             self._flushed.set_result(None)
 
@@ -167,32 +214,41 @@ class Channel:
     async def flush(self, timeout_s: float = 5.0) -> None:
         """Wait until all messages have been given to the kernel, or the time is over."""
         if self._unsent and not self.is_closed:
-            self._flushed = self._loop.create_future()
+            if self._flushed is None or self._flushed.done():
+                self._flushed = self._loop.create_future()
             await asyncio.wait((self._flushed,), timeout=timeout_s)
 
-    def _read(self) -> None:
+    def read_rest(self) -> None:
+        """Take all that has come by now: of a process that has ended, all that it ever sent."""
+        while not self.is_closed and self._read():
+            pass
+
+    def _read(self) -> bool:
+        """Take some of what has come, and say whether there may be more."""
+        space = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
         try:
-            data, ancillary, flags, _ = self._link.recvmsg(_READ_BYTES, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
+            data, ancillary, flags, _ = self._link.recvmsg(_READ_BYTES, space, _NOT_INHERITED)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._lose(error.strerror or str(error))
-            return
+            return False
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 numbers = array.array("i")
                 numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                 self._descriptors.extend(numbers)
-                for one in numbers:
-                    os.set_inheritable(one, False)
+                if not _NOT_INHERITED:
+                    for one in numbers:
+                        os.set_inheritable(one, False)
         if flags & socket.MSG_CTRUNC:
             self._lose("descriptors were lost: too many at once, or too many open")
-            return
-        if not data:
+        elif not data:
             self._lose("the other process closed the channel")
-            return
-        self._received += data
-        self._take_messages()
+        else:
+            self._received += data
+            self._take_messages()
+        return True
 
     def _take_messages(self) -> None:
         received = self._received
@@ -203,13 +259,21 @@ class Channel:
                 return
             end = _HEAD.size + size
             if len(received) < end:
-                return
+                break
             text = bytes(received[_HEAD.size : end])
             del received[:end]
             if len(self._descriptors) < count:
                 self._lose("a message came without its descriptors")
                 return
             self._take(text, [self._descriptors.popleft() for _ in range(count)])
+        if len(self._descriptors) > self._count_expected():
+            self._lose("descriptors came that belong to no message")
+
+    def _count_expected(self) -> int:
+        """Return how many descriptors the message that has begun may have: they come beside its first byte."""
+        if len(self._received) < _HEAD.size:
+            return MAX_DESCRIPTORS if self._received else 0
+        return int(_HEAD.unpack_from(self._received)[1])
 
     def _take(self, text: bytes, descriptors: list[int]) -> None:
         try:
@@ -229,8 +293,15 @@ class Channel:
                 waiting.set_result(message)  # whoever waits takes the descriptors
                 return
         else:
-            self._on_message(message)
+            self._handle(message)
         message.close()
+
+    def _handle(self, message: Message) -> None:
+        try:
+            self._on_message(message)
+        except Exception as error:
+            logger.exception("cannot handle the message %r", message.kind)
+            self.refuse(message, f"{type(error).__name__}: {error}")
 
     def _lose(self, reason: str) -> None:
         if self.is_closed:
@@ -242,36 +313,53 @@ class Channel:
     def detach(self) -> tuple[socket.socket, bytes]:
         """Return the socket and what has come of a next message: another process image goes on with them.
 
-        All that was sent must have been flushed.
+        All that was sent must have been flushed: what was not is dropped, as are the descriptors of the next message.
+        Where the channel is closed, so is the socket.
         """
-        self._loop.remove_reader(self._link.fileno())
-        self._stop_waiting()
-        self.is_closed = True
+        if not self.is_closed:
+            self._part()
         return self._link, bytes(self._received)
 
     def close(self) -> None:
-        """Close the channel and every descriptor that was not sent or not taken; those who wait for answers learn it."""
-        if self.is_closed:
-            return
+        """Close the channel and all descriptors that were not sent or not taken; who waits for an answer learns it."""
+        if not self.is_closed:
+            self._part()
+            self._link.close()
+
+    def _part(self) -> None:
+        """Look at the socket no more, and let go of everything but it."""
         self._loop.remove_reader(self._link.fileno())
         self._stop_waiting()
         self.is_closed = True
-        self._link.close()
-        for _, descriptors in self._unsent:
-            _close_all(descriptors)
-        self._unsent.clear()
+        self._drop_unsent()
         _close_all(self._descriptors)
         self._descriptors.clear()
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(ChannelError("the other process is gone"))
         self._answers.clear()
-        if self._flushed is not None and not self._flushed.done():
-            self._flushed.set_result(None)
 
     @override
     def __repr__(self) -> str:
         return f"<Channel {'closed' if self.is_closed else self._link.fileno()} unsent={len(self._unsent)}>"
+
+
+def _duplicate(descriptors: Sequence[int]) -> list[int]:
+    """Return duplicates of all descriptors; raise ChannelError, with none of them open, where that cannot be."""
+    copies: list[int] = []
+    try:
+        for one in descriptors:
+            copies.append(os.dup(one))  # noqa: PERF401 -- those made are closed below
+    except OSError as error:
+        _close_all(copies)
+        raise ChannelError(f"a descriptor cannot be sent: {(error.strerror or str(error)).lower()}") from error
+    return copies
+
+
+def _drop(answer: asyncio.Future[Message]) -> None:
+    """Close what came with an answer that nobody waits for any more."""
+    if answer.done() and not answer.cancelled() and answer.exception() is None:
+        answer.result().close()
 
 
 def _close_all(descriptors: Sequence[int] | deque[int]) -> None:

@@ -99,7 +99,8 @@ class ControlClient:
             except ControlError as error:
                 if error.status is not None and error.status < _SERVER_ERROR:
                     raise
-                if not reason or loop.time() < deadline:  # else the deadline cut it short, which says less
+                is_cut_short = left_s < _TIMEOUT_S and isinstance(error.__cause__, TimeoutError)
+                if not (is_cut_short and reason):  # the deadline says less than what came before
                     reason = str(error)
             except ControlUnreachable as error:
                 reason = str(error)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
+from stickyproxy.control.inheritance import open_socket
 from stickyproxy.control.messages import write_address, write_snapshot
 from stickyproxy.control.registry import SessionRegistry
-from stickyproxy.control.inheritance import open_socket
 from stickyproxy.control.worker_link import WorkerLink, start_process
 from stickyproxy.errors import ChannelError, UsageError
 from stickyproxy.observe.table import Table, Totals
+from stickyproxy.proxy.board import MAX_SLOTS, Board
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class Fleet:
         self.totals = Totals()
         """What the workers that have ended had counted."""
         self.registry = SessionRegistry()
+        self.board = Board.create()
+        self.next_board: Board | None = None
+        """That of the successors."""
+        self._slots: dict[str, int] = {}
         self.restarts = 0
         self._snapshot: dict[str, Any] | None = None
         self._publishing: asyncio.TimerHandle | None = None
@@ -109,11 +114,13 @@ class Fleet:
         self._started_at[index] = asyncio.get_running_loop().time()
         return WorkerLink(index, process_id, link, table, on_message=self._take, on_end=self._on_end)
 
-    async def _prepare(self, link: WorkerLink) -> None:
+    async def _prepare(self, link: WorkerLink, board: Board | None = None) -> None:
         """Have a worker make its data plane and take the routing state; raise ChannelError."""
         bound = self.orders.bound
         body = {"index": link.index, **self.orders.write(list(bound))}
-        await link.start(body, [link.table.descriptor, *(one.fileno() for one in bound.values())])
+        board = board or self.board
+        board.clear_worker(link.index)
+        await link.start(body, [link.table.descriptor, board.descriptor, *(one.fileno() for one in bound.values())])
         if self._snapshot is not None:
             link.channel.send("publish", self._snapshot)
 
@@ -123,6 +130,7 @@ class Fleet:
                 self._on_report(str(message.body["upstream"]), str(message.body["event"]))
             case "sessions":
                 self.registry.take(link.process_id, message.body)
+                self._show_sessions()
             case _:
                 logger.debug("worker %d says %s", link.index, message.kind)
 
@@ -130,6 +138,10 @@ class Fleet:
 
     def adopt(self, inherited: Inheritance) -> None:
         """Take over the workers that a former image of this process had."""
+        if inherited.board is not None:
+            os.set_inheritable(inherited.board, False)
+            self.board.close()
+            self.board = Board(inherited.board)
         self.links = [self._adopt(state) for state in inherited.serving]
         self.leaving = [self._adopt(state) for state in inherited.leaving]
         self.totals = Totals.from_json(inherited.totals)
@@ -152,13 +164,15 @@ class Fleet:
 
     async def start_successors(self, program: Program) -> list[WorkerLink]:
         """Start as many workers of another version, and return them; raise UsageError, with none left, if one cannot."""
-        links = [self._launch(link.index, program) for link in self.links]
+        links = [self._launch(index, program) for index in range(self.orders.workers)]
+        self.next_board = Board.create()  # the old ones have the same places on theirs
         try:
-            await asyncio.gather(*(self._prepare(link) for link in links))
+            await asyncio.gather(*(self._prepare(link, self.next_board) for link in links))
         except ChannelError as error:
             for link in links:
                 link.is_leaving = True
                 link.kill()
+            self.next_board.close()
             raise UsageError(f"a worker of the new version cannot start: {error}") from error
         self.successors = links
         return links
@@ -191,19 +205,41 @@ class Fleet:
             with ours, theirs:
                 try:
                     await new.channel.request("arrive", {}, [ours.fileno()])
-                    answer = await old.channel.request(
-                        "depart", {"grace_s": grace_s}, [theirs.fileno()], timeout_s=_HAND_OVER_S
-                    )
+                    return Counter(await self._depart(old, [theirs.fileno()], grace_s))
                 except ChannelError as error:
                     logger.error("worker %d (pid %d) cannot hand over: %s", old.index, old.process_id, error)  # noqa: TRY400
                     if left == 1 or old.ended.done():
                         return Counter(failed=1)
                     await asyncio.sleep(_RETRY_S)
                     new = next((link for link in self.links if link.is_ready), new)
-                    continue
-            moved = {f"moved_{kind}": count for kind, count in answer.body.get("moved", {}).items()}
-            return Counter({**moved, **{f"left_{kind}": count for kind, count in answer.body.get("left", {}).items()}})
         return Counter(failed=1)
+
+    async def _depart(self, old: WorkerLink, descriptors: Sequence[int], grace_s: float) -> dict[str, int]:
+        answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=_HAND_OVER_S)
+        moved = {f"moved_{kind}": count for kind, count in answer.body.get("moved", {}).items()}
+        return moved | {f"left_{kind}": count for kind, count in answer.body.get("left", {}).items()}
+
+    async def let_depart(self, link: WorkerLink, descriptors: Sequence[int], grace_s: float) -> dict[str, int]:
+        """Have a serving worker hand over to another proxy's, over a socket; raise ChannelError where it cannot."""
+        self.links.remove(link)
+        self.leaving.append(link)
+        link.is_leaving = True
+        try:
+            return await self._depart(link, descriptors, grace_s)
+        except ChannelError:
+            self.leaving.remove(link)
+            self.links.append(link)
+            link.is_leaving = False
+            raise
+
+    async def restore(self) -> None:
+        """Have as many workers again as there should be, in place of those that have left for nothing."""
+        await self.resize(0.0)
+
+    async def gone(self) -> None:
+        """Wait until all workers that are leaving have ended."""
+        if self.leaving:
+            await asyncio.wait([link.ended for link in self.leaving])
 
     async def resize(self, grace_s: float) -> None:
         """Have as many workers as the orders say; those that go hand over to those that stay."""
@@ -231,6 +267,7 @@ class Fleet:
         self.totals.fold(link.table.read())
         link.table.close()
         self.registry.forget(link.process_id)
+        self._show_sessions()
         if link in self.leaving:
             self.leaving.remove(link)
         if link not in self.links:
@@ -299,10 +336,27 @@ class Fleet:
         if self._publishing is not None:
             self._publishing.cancel()
             self._publishing = None
-        self._snapshot = write_snapshot(*self._pending)
+        snapshot, endpoints = self._pending
+        self._snapshot = write_snapshot(snapshot, endpoints) | {"slots": self._assign_slots(snapshot)}
         for link in (*self, *self.successors):
             if link.is_ready:
                 link.channel.send("publish", self._snapshot)
+
+    def _assign_slots(self, snapshot: Snapshot) -> dict[str, int]:
+        """Return the slot of each upstream on the board, by digest; those of upstreams that are gone become free."""
+        present = {one.digest.hex() for one in snapshot.upstreams}
+        for digest in self._slots.keys() - present:
+            self.board.clear_slot(self._slots.pop(digest))
+        free = iter(sorted(set(range(MAX_SLOTS)) - set(self._slots.values())))
+        for digest in sorted(present - self._slots.keys()):
+            slot = self._slots[digest] = next(free)
+            self.board.clear_slot(slot)  # what a former image of this process had there
+        self._show_sessions()
+        return self._slots
+
+    def _show_sessions(self) -> None:
+        for digest, slot in self._slots.items():
+            self.board.write_sessions(slot, self.registry.counts.get(digest, 0))
 
     async def published(self) -> None:
         """Wait until each worker works by the latest routing state, for 5 seconds at most."""
@@ -315,7 +369,11 @@ class Fleet:
     ) -> list[Message | Exception]:
         """Ask each serving worker for something; return the answers, or why there is none."""
         return await asyncio.gather(
-            *(link.channel.request(kind, dict(body or {}), timeout_s=timeout_s) for link in self.links if link.is_ready),
+            *(
+                link.channel.request(kind, dict(body or {}), timeout_s=timeout_s)
+                for link in self.links
+                if link.is_ready
+            ),
             return_exceptions=True,
         )  # type: ignore[return-value]  # exceptions of other kinds are not swallowed by gather
 

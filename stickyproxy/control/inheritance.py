@@ -73,6 +73,7 @@ class WorkerState:
 class Inheritance:
     """The state of a supervisor. Sockets are named by descriptors, which the heir owns.
 
+    `private` are those for commands and for hand-over, `lent` the addresses whose files are somebody else's.
     `routing` is as `Routing.export` writes it, `totals` as `Totals.to_json`, `counts` are counters of the supervisor
     itself. `serving` are the workers that take over, `leaving` those that have served until now.
     """
@@ -81,7 +82,9 @@ class Inheritance:
     secrets: tuple[bytes, ...]
     version: str = __version__
     sockets: dict[Address, int] = field(default_factory=dict)
-    control: int | None = None
+    lent: tuple[Address, ...] = ()
+    private: dict[str, int] = field(default_factory=dict)
+    board: int | None = None
     routing: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +99,9 @@ class Inheritance:
             "loaded": self.loaded.to_json(),
             "secrets": [secret.hex() for secret in self.secrets],
             "sockets": [{"address": write_address(one), "descriptor": at} for one, at in self.sockets.items()],
-            "control": self.control,
+            "lent": [write_address(address) for address in self.lent],
+            "private": self.private,
+            "board": self.board,
             "routing": self.routing,
             "totals": self.totals,
             "counts": self.counts,
@@ -109,13 +114,17 @@ class Inheritance:
         """Return what `to_json` wrote; raise UsageError where this version cannot go on from it."""
         try:
             if raw["protocol"] != PROTOCOL:
-                raise UsageError(f"version {raw.get('version', 'unknown')} leaves a state that {__version__} cannot read")
+                raise UsageError(
+                    f"version {raw.get('version', 'unknown')} leaves a state that {__version__} cannot read"
+                )
             return cls(
                 loaded=Loaded.from_json(raw["loaded"], env),
                 secrets=tuple(bytes.fromhex(secret) for secret in raw["secrets"]),
                 version=str(raw["version"]),
                 sockets={read_address(one["address"]): int(one["descriptor"]) for one in raw["sockets"]},
-                control=None if raw.get("control") is None else int(raw["control"]),
+                lent=tuple(map(read_address, raw.get("lent", ()))),
+                private={str(name): int(at) for name, at in raw.get("private", {}).items()},
+                board=None if raw.get("board") is None else int(raw["board"]),
                 routing=dict(raw.get("routing", {})),
                 totals=dict(raw.get("totals", {})),
                 counts=dict(raw.get("counts", {})),
@@ -128,7 +137,8 @@ class Inheritance:
     def descriptors(self) -> list[int]:
         """Return all descriptors that must stay open."""
         workers = [one for worker in (*self.serving, *self.leaving) for one in (worker.channel, worker.table)]
-        return [*self.sockets.values(), *([] if self.control is None else [self.control]), *workers]
+        board = [] if self.board is None else [self.board]
+        return [*self.sockets.values(), *self.private.values(), *board, *workers]
 
 
 def leave(inheritance: Inheritance, *, is_check: bool) -> tuple[int, dict[str, str]]:

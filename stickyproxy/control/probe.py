@@ -214,9 +214,7 @@ class Prober:
     `counters` may be those of a prober whose place this one takes.
     """
 
-    def __init__(
-        self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None
-    ) -> None:
+    def __init__(self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None) -> None:
         self._settings = health.probe
         self._routing = routing
         self._watches: list[Watch] = []

@@ -1,10 +1,17 @@
-"""What each process of the proxy sets up for itself: its log, its garbage collector, its place in the module path."""
+"""The processes of the proxy: how many there are, and what each sets up for itself: log and garbage collector."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
+from typing import TYPE_CHECKING
+
+from stickyproxy.config.schema import MAX_WORKERS
+
+if TYPE_CHECKING:
+    from stickyproxy.config import Config
 
 
 logger = logging.getLogger(__name__)
@@ -41,3 +48,11 @@ def tune_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 50, 50)
+
+
+def count_workers(config: Config) -> int:
+    """Return how many workers a configuration asks for; `auto` is one for each core that may be used."""
+    if isinstance(config.workers, int):
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)

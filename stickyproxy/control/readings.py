@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stickyproxy.observe.table import Reading
 
 _LAG_PERIOD_S: Final = 0.5
+_HANGING_S: Final = 10.0
 
 
 class LoopLag:
@@ -136,6 +137,15 @@ class Readings:
             return True
         counters = self._read_live().upstream(digest)
         return not (supervisor.fleet.registry.count(digest) or counters.tunnels_open or counters.in_flight)
+
+    def is_any_alive(self) -> bool:
+        """Say whether the loop of any worker has ticked lately; before the first tick of all, yes.
+
+        One that hangs is told of by its metrics. Were it ended, all its clients would lose their connections.
+        """
+        ticks = [link.table.read().plane.ticked_at_ns for link in self._supervisor.fleet.links]
+        now_ns = time.monotonic_ns()
+        return not any(ticks) or any(now_ns - at < _HANGING_S * NS for at in ticks)
 
     def _read_live(self) -> Reading:
         """Return the sums of what the living workers count."""

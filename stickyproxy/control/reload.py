@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stickyproxy.config import Loaded, find_changes, find_unreloadable
 from stickyproxy.control.certificates import make_listener_context, make_upstream_contexts
@@ -20,12 +20,15 @@ from stickyproxy.observe.access_log import AccessLog
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+    from pathlib import Path
 
     from stickyproxy.config import Change, Config
     from stickyproxy.control.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S: Final = 1.0  # between two looks at the file
 
 
 class Reloader:
@@ -93,6 +96,29 @@ def _check(before: Config, after: Config) -> dict[str, ssl.SSLContext]:
         log.start()
         log.close()
     return make_upstream_contexts(after.upstreams)
+
+
+async def watch_file(path: Path, on_change: Callable[[], Awaitable[None]]) -> None:
+    """Call `on_change` each time that a file has become another, and has stayed so from one look to the next.
+
+    Looks each second, and follows links: what a file is exchanged by (a rename, another link) does not matter.
+    """
+    taken = before = await asyncio.to_thread(_look_at, path)
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        look = await asyncio.to_thread(_look_at, path)
+        if look not in (taken, None) and look == before:
+            taken = look
+            await on_change()
+        before = look
+
+
+def _look_at(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
 
 
 def _wall() -> float:

@@ -15,6 +15,7 @@ from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, U
 from stickyproxy.config import ConfigErrors, load_text
 from stickyproxy.config.written import write_section
 from stickyproxy.control.certificates import make_upstream_contexts
+from stickyproxy.control.process import count_workers
 from stickyproxy.proxy.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Routing:
             wait_s=affinity.on_unavailable.wait_s,
             has_cookie=affinity.cookie is not None,
             uses_client_address=affinity.client_address,
+            is_shared=count_workers(config) > 1,
         )
 
     def export(self) -> dict[str, Any]:
@@ -103,7 +105,8 @@ class Routing:
                         self.observed[one.id] = Observed()
                         self.endpoints[one.id] = make_endpoint(one, make_upstream_contexts([one]))
         for upstream_id, state in exported.get("admin", {}).items():
-            if upstream_id in self._admin and state in tuple(AdminState):
+            is_back = upstream_id in self.leaving and state == AdminState.READY
+            if upstream_id in self._admin and state in tuple(AdminState) and not is_back:
                 self._admin[upstream_id] = AdminState(state)
         for upstream_id, (health, *rest) in exported.get("observed", {}).items():
             if upstream_id in self.observed and health in tuple(Health):
@@ -191,9 +194,7 @@ class Routing:
             self._renew()
 
 
-def make_endpoint(
-    upstream: config_values.Upstream, contexts: Mapping[str, ssl.SSLContext], ip: str = ""
-) -> Endpoint:
+def make_endpoint(upstream: config_values.Upstream, contexts: Mapping[str, ssl.SSLContext], ip: str = "") -> Endpoint:
     """Return how an upstream is reached; `ip` is what its name stands for, where that is known."""
     server_name = (upstream.tls.server_name or "") if upstream.tls is not None else ""
     return Endpoint(upstream.address, ip, tls=contexts.get(upstream.id), server_name=server_name)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
@@ -13,17 +12,31 @@ from stickyproxy.errors import UsageError
 from stickyproxy.proxy.listener import bind
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterable, Iterator, Mapping
 
     from stickyproxy.config import Address
+
+_BACKLOG: Final = 4096  # as of the listeners: they may begin to accept a second later
 
 
 class Sockets:
     """Bound sockets by the addresses of the configuration. Those of `inherited` are used instead of being bound."""
 
     def __init__(self, inherited: Mapping[Address, socket.socket] | None = None) -> None:
-        self._links = dict(inherited or {})
-        self._files = {address: _look_at(address) for address in self._links}
+        self._links: dict[Address, socket.socket] = {}
+        self._files: dict[Address, tuple[int, int] | None] = {}
+        self.adopt(inherited or {})
+
+    def adopt(self, links: Mapping[Address, socket.socket], *, is_lent: bool = False) -> None:
+        """Take sockets that are bound already; the files of those that are lent are somebody else's to remove."""
+        self._links |= links
+        self._files |= {address: None if is_lent else _look_at(address) for address in links}
+
+    @property
+    def lent(self) -> list[Address]:
+        """Return the Unix sockets whose files are somebody else's."""
+        return [address for address in self._links if address.is_unix and self._files.get(address) is None]
 
     def __getitem__(self, address: Address) -> socket.socket:
         return self._links[address]
@@ -73,6 +86,10 @@ class Sockets:
                     os.unlink(address.path)  # noqa: PTH108 -- as for every socket path here: no objects
             link.close()
 
+    def disown(self) -> None:
+        """Leave the files of Unix sockets to another process, which has the sockets too."""
+        self._files.clear()
+
     def close_all(self) -> None:
         """Close all sockets."""
         self.close(tuple(self._links))
@@ -90,7 +107,7 @@ def _listen(address: Address) -> socket.socket:
     link = bind(address)
     try:
         link.setblocking(False)
-        link.listen()
+        link.listen(_BACKLOG)
     except OSError as error:
         link.close()
         raise UsageError(f"cannot listen on {address}: the address is in use; is another proxy starting?") from error

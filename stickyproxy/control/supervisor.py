@@ -8,10 +8,9 @@ import os
 import secrets
 import signal
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stickyproxy.affinity.health import HealthEvent
-from stickyproxy.config.schema import MAX_WORKERS
 from stickyproxy.control.admin.app import AdminListener, make_app
 from stickyproxy.control.admin.auth import admit_same_user, make_guard
 from stickyproxy.control.admin.commands import Commands
@@ -20,15 +19,17 @@ from stickyproxy.control.fleet import Fleet, Orders
 from stickyproxy.control.inheritance import Inheritance, open_socket
 from stickyproxy.control.messages import write_address
 from stickyproxy.control.probe import Prober
-from stickyproxy.control.process import set_log_level, tune_collector
+from stickyproxy.control.process import count_workers, set_log_level, tune_collector
 from stickyproxy.control.readings import Readings
-from stickyproxy.control.reload import Reloader
+from stickyproxy.control.reload import Reloader, watch_file
 from stickyproxy.control.resolver import Resolver
 from stickyproxy.control.routing import Routing
-from stickyproxy.control.runtime import bind_private, control_path
+from stickyproxy.control.runtime import bind_private, control_path, hand_over_path
 from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.control.sockets import Sockets
-from stickyproxy.control.upgrade import HELD_SIGNALS, Upgrader
+from stickyproxy.control.systemd import Notifier, Watchdog, match, take_listeners
+from stickyproxy.control.takeover import HandOverListener, Predecessor
+from stickyproxy.control.upgrade import HELD_SIGNALS, Upgrader, describe
 from stickyproxy.errors import UsageError
 from stickyproxy.tasks import spawn
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
     from stickyproxy.config import Address, Config, ListenerTls, Loaded
     from stickyproxy.control.inheritance import WorkerState
@@ -53,18 +55,24 @@ class Supervisor:
     one looks here for it.
     """
 
-    def __init__(self, loaded: Loaded, inherited: Inheritance | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, inherited: Inheritance | None = None, predecessor: Predecessor | None = None
+    ) -> None:
         if not loaded.config.upstreams:
             raise UsageError("no upstreams: name them in the file or as URLs on the command line")
         self.loaded = loaded
         self._inherited = inherited
-        self._signing: tuple[bytes, ...] = ()
+        self._predecessor = predecessor
+        self.signing: tuple[bytes, ...] = ()
+        """The secrets: the first signs tokens, all verify them."""
+        self.is_handed_over = False
+        """Whether another proxy has taken this one's place."""
+        self.notifier = Notifier()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
-        self.sockets = Sockets(
-            {} if inherited is None else {one: open_socket(at) for one, at in inherited.sockets.items()}
-        )
-        self._control_socket: socket.socket | None = None
+        self.sockets = Sockets()
+        self._private: dict[str, tuple[Path, socket.socket]] = {}  # the control and the hand-over socket
+        self._hand_over: HandOverListener | None = None
         self.routing: Routing
         self.fleet: Fleet
         self.certificates: CertificateWatcher
@@ -121,27 +129,32 @@ class Supervisor:
             if on_ready is not None:
                 on_ready(self.addresses)
             tune_collector()
+            self.notifier.ready(f"serving {len(self.config.upstreams)} upstreams")
             await self._stop.wait()
             self.readings.is_ready = False
+            self.notifier.stopping("finishing what is open", within_s=self.config.grace_s)
             await self._drain()
 
     async def _start(self, stack: AsyncExitStack) -> None:
         """Start all parts, each to be ended with the stack."""
         config = self.config
         stack.callback(self.sockets.close_all)
+        self._adopt_sockets()
         self.sockets.open(_addresses(config))
         inherited = self._inherited
-        self._signing = find_secrets(config) if inherited is None else inherited.secrets
+        self.signing = self._find_secrets()
         self.certificates = CertificateWatcher(_by_position(config), self._renew)
         self.certificates.make_contexts()
         upstream_contexts = make_upstream_contexts(config.upstreams)
         bound = self.sockets.choose(one.address for one in config.listeners)
-        self.fleet = Fleet(Orders(self.loaded, self._signing, bound, count_workers(config)), self._on_report)
+        self.fleet = Fleet(Orders(self.loaded, self.signing, bound, count_workers(config)), self._on_report)
         stack.push_async_callback(self.fleet.close)
         self.routing = Routing(config, self.fleet.publish, upstream_contexts)
         if inherited is not None:
             self.fleet.adopt(inherited)
             self.routing.restore(inherited.routing)
+        elif self._predecessor is not None:
+            self.routing.restore(self._predecessor.routing)
         self.resolver = Resolver(self.routing.addresses, config.dns_refresh_s, self.routing.resolve)
         stack.push_async_callback(lambda: self.resolver.stop())
         self.prober = Prober(config.health, self.routing)
@@ -156,16 +169,33 @@ class Supervisor:
         self.prober.start()
         stack.push_async_callback(self._stop_admin)
         await self._start_admin()
-        await self._start_control(stack)
         if inherited is None:
             await self.fleet.accept()
-        else:
+        if self._predecessor is not None:
+            await self._take_over(self._predecessor)
+        await self._start_private(stack)
+        if inherited is not None:
             await self.upgrader.take_over()
         self.certificates.start()
         stack.push_async_callback(lambda: self.certificates.stop())
         self.readings.loop_lag.start()
         stack.callback(self.readings.loop_lag.stop)
+        watchdog = Watchdog(self.notifier, self.readings.is_any_alive)
+        watchdog.start()
+        stack.push_async_callback(watchdog.stop)
+        self._watch_file(stack)
         stack.callback(spawn(self._watch_leaving(), "upstreams that are leaving").cancel)
+
+    def _watch_file(self, stack: AsyncExitStack) -> None:
+        """Reload when the file changes, where the configuration asks for it."""
+        path = self.loaded.source.path
+        if path is not None:
+            watching = spawn(watch_file(path, self._on_file_change), "watch the file")
+            stack.callback(watching.cancel)
+
+    async def _on_file_change(self) -> None:
+        if self.config.reload_on_change:
+            await self._try(self.reloader.reload())
 
     async def apply(self, loaded: Loaded, contexts: dict[str, ssl.SSLContext]) -> None:
         """Work by another configuration; raise UsageError, with nothing changed, where a part cannot.
@@ -181,7 +211,7 @@ class Supervisor:
         except UsageError:
             self.sockets.close(opened)
             raise
-        self.loaded, self._signing = loaded, orders.secrets
+        self.loaded, self.signing = loaded, orders.secrets
         set_log_level(config.log_level)
         self.routing.reload(config, contexts)
         await self._replace_certificates()
@@ -228,9 +258,7 @@ class Supervisor:
     async def _start_admin(self) -> None:
         written = self.config.admin
         if written is not None:
-            self.admin = AdminListener(
-                make_app(make_guard(written), self.readings, self.routing, self.fleet.published)
-            )
+            self.admin = AdminListener(make_app(make_guard(written), self.readings, self.routing, self.fleet.published))
             await self.admin.start(self.sockets[written.address])
 
     async def _stop_admin(self) -> None:
@@ -238,39 +266,104 @@ class Supervisor:
         if admin is not None:
             await admin.stop()
 
-    async def _start_control(self, stack: AsyncExitStack) -> None:
-        """Listen for commands; where the default place for that cannot be used, go on without."""
-        written, inherited = self.config.control, self._inherited
-        if written is False:
+    def _adopt_sockets(self) -> None:
+        """Take the sockets that a former image, another proxy or the service manager has left."""
+        addresses = _addresses(self.config)
+        if self._inherited is not None:
+            links = {address: open_socket(at) for address, at in self._inherited.sockets.items()}
+            lent = {address: links.pop(address) for address in self._inherited.lent}
+            self.sockets.adopt(links)
+            self.sockets.adopt(lent, is_lent=True)
             return
-        path = written
+        if self._predecessor is not None:
+            self.sockets.adopt(self._predecessor.choose_sockets(addresses))
+        self.sockets.adopt(match(addresses, take_listeners()), is_lent=True)
+
+    def _find_secrets(self) -> tuple[bytes, ...]:
+        """Return the secrets; with those of another proxy whose place is taken, so that its clients keep their pins."""
+        if self._inherited is not None:
+            return self._inherited.secrets
+        if self._predecessor is None:
+            return find_secrets(self.config)
+        theirs = self._predecessor.secrets
+        if not self.config.affinity.secrets:
+            return theirs
+        return tuple(dict.fromkeys((*self.config.affinity.secrets, *theirs)))
+
+    async def _take_over(self, predecessor: Predecessor) -> None:
+        counts = await predecessor.hand_over(self.fleet, self.config.grace_s)
+        status = {"grace_s": self.config.grace_s, **counts}
+        logger.info("took over from a proxy of version %s: %s", predecessor.version, describe(status))
+
+    async def hand_over_done(self) -> None:
+        """Leave the place to another proxy, which has all that can move; what cannot ends here, and then this does."""
+        self.is_handed_over = True
+        self.readings.is_ready = False
+        self.sockets.disown()
+        await self._stop_admin()
+        if self._hand_over is not None:
+            self._hand_over.close()
+        if self.control is not None:
+            await self.control.stop()
+        for path, link in self._private.values():
+            link.close()
+            path.unlink(missing_ok=True)
+        self._private.clear()
+        logger.info("another proxy has taken over: this one ends once its last connections have")
+        spawn(self._end_handed_over(), "end after the hand-over")
+
+    async def _end_handed_over(self) -> None:
+        await self.fleet.gone()
+        self.stop()
+
+    async def _start_private(self, stack: AsyncExitStack) -> None:
+        """Listen for commands, and for a proxy that takes over."""
+        stack.callback(self._close_private)
+        link = self._open_private("control", self.config.control, control_path)
+        if link is not None:
+            app = make_app(admit_same_user, self.readings, self.routing, self.fleet.published)
+            Commands(self).add_routes(app.router)
+            self.control = AdminListener(app)
+            stack.push_async_callback(self.control.stop)
+            await self.control.start(link)
+        link = self._open_private("hand_over", self.config.hand_over, hand_over_path)
+        if link is not None:
+            self._hand_over = HandOverListener(self, link)
+
+    def _open_private(
+        self, name: str, written: Path | Literal[False] | None, find_path: Callable[[int], Path]
+    ) -> socket.socket | None:
+        """Return a listening socket for this user alone; None where there is to be none, or the default cannot be."""
+        if written is False:
+            return None
         try:
-            if path is None:
-                path = control_path(os.getpid())
-            if inherited is not None and inherited.control is not None:
-                self._control_socket = open_socket(inherited.control)
-            else:
-                self._control_socket = bind_private(path)
+            path = written or find_path(os.getpid())
+            left = None if self._inherited is None else self._inherited.private.get(name)
+            link = bind_private(path) if left is None else open_socket(left)
         except UsageError as error:
             if written is not None:
                 raise
-            logger.warning("no commands will be taken: %s", error)
-            return
-        stack.callback(self._control_socket.close)
-        stack.callback(path.unlink, missing_ok=True)
-        app = make_app(admit_same_user, self.readings, self.routing, self.fleet.published)
-        Commands(self).add_routes(app.router)
-        self.control = AdminListener(app)
-        stack.push_async_callback(self.control.stop)
-        await self.control.start(self._control_socket)
+            logger.warning("the proxy goes on without its %s socket: %s", name.replace("_", "-"), error)
+            return None
+        self._private[name] = path, link
+        return link
+
+    def _close_private(self) -> None:
+        if self._hand_over is not None and self._private:
+            self._hand_over.close()
+        for path, link in self._private.values():
+            link.close()
+            path.unlink(missing_ok=True)
 
     def export(self, *, serving: tuple[WorkerState, ...] = (), leaving: tuple[WorkerState, ...] = ()) -> Inheritance:
         """Return what another image of this process needs to go on."""
         return Inheritance(
             loaded=self.loaded,
-            secrets=self._signing,
+            secrets=self.signing,
             sockets={address: self.sockets[address].fileno() for address in self.sockets},
-            control=None if self._control_socket is None else self._control_socket.fileno(),
+            lent=tuple(self.sockets.lent),
+            private={name: link.fileno() for name, (_, link) in self._private.items()},
+            board=None if self.fleet.next_board is None else self.fleet.next_board.descriptor,
             routing=self.routing.export(),
             totals=self.fleet.totals.to_json(),
             counts={"restarts": self.fleet.restarts, **self.reloader.export(), **self.upgrader.export()},
@@ -285,6 +378,8 @@ class Supervisor:
             await stop()
         if self.control is not None:
             await self.control.stop()
+        if self._hand_over is not None:
+            self._hand_over.close()
         serving, leaving = await self.fleet.leave(successors)
         return self.export(serving=serving, leaving=leaving)
 
@@ -312,14 +407,6 @@ class Supervisor:
             task.cancel()
 
 
-def count_workers(config: Config) -> int:
-    """Return how many workers a configuration asks for; `auto` is one for each core that may be used."""
-    if isinstance(config.workers, int):
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
-
-
 def find_secrets(config: Config) -> tuple[bytes, ...]:
     """Return what signs the tokens: as the file says, else one that is kept; none is needed without a cookie."""
     if config.affinity.secrets:
@@ -343,12 +430,16 @@ async def serve(
     loaded: Loaded,
     on_ready: Callable[[list[Address]], None] | None = None,
     inherited: Inheritance | None = None,
+    take_over: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, a second one stops at once; reload on SIGHUP, upgrade on SIGUSR2.
 
-    Raises UsageError where it cannot start.
+    `take_over` is the hand-over socket of the proxy whose place this one takes. Raises UsageError where it cannot start.
     """
-    supervisor = Supervisor(loaded, inherited)
+    predecessor = None if take_over is None else await Predecessor.find(take_over)
+    if take_over is not None and predecessor is None:
+        logger.warning("nobody listens at %s: there is nobody to take over from", take_over)
+    supervisor = Supervisor(loaded, inherited, predecessor)
     loop = asyncio.get_running_loop()
     handlers = {
         signal.SIGTERM: supervisor.stop,

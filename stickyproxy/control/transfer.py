@@ -1,20 +1,24 @@
 """The channel between two workers over which one gives the other its connections and sessions.
 
 A batch is asked for ("connections") and prepared by the receiver, which answers; then the sender says "go". Only after
-that the receiver reads or writes. Where the sender hears no answer, it never says so and goes on itself; where the
-receiver hears no "go", it gives the batch up. So one of the two has a connection, never both.
+that the receiver reads or writes. Where the sender hears no answer, or cannot say "go", it goes on itself; where the
+receiver hears no "go", it gives the batch up. So one of the two has a connection, never both; it is lost only with the
+process that has it: from "go" on, that is the receiver.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
 from stickyproxy.affinity.sessions import ActiveSession
-from stickyproxy.control.channel import Channel, Message
+from stickyproxy.affinity.snapshot import DIGEST_BYTES
+from stickyproxy.affinity.token import CLIENT_ID_BYTES
+from stickyproxy.control.channel import Channel, Message, TooLargeError
 from stickyproxy.errors import ChannelError
 from stickyproxy.observe.counters import HANDED
 from stickyproxy.proxy.arrival import arrive
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_S: Final = 15.0  # for the receiver to prepare a batch; it takes some milliseconds
 _SESSIONS_AT_ONCE: Final = 1000
+_MAX_SECONDS: Final = 1 << 32  # of the wall clock, as in a token: until 2106
 
 
 class Sender:
@@ -58,8 +63,7 @@ class Sender:
         plane = self._plane
         for piece in plane.sessions.export(plane.now, at_once=_SESSIONS_AT_ONCE):
             sessions = [[one.client_id.hex(), one.digest.hex(), one.pinned_at, one.idle_s] for one in piece]
-            self._channel.send("sessions", {"sessions": sessions})
-            await self._channel.flush()
+            await self._channel.request("sessions", {"sessions": sessions})
         left = await self._mover.move()
         plane.sessions.forget_idle()
         return left
@@ -84,7 +88,10 @@ class Sender:
         body = {"states": states, "counts": [len(one.descriptors) for one in batch]}
         try:
             answer = await self._channel.request("connections", body, descriptors, timeout_s=_BATCH_S)
-        except ChannelError:
+        except TooLargeError as error:
+            logger.warning("%d connections cannot move at once: %s", len(batch), error)
+            return False
+        except BaseException:
             # The receiver must not go on with a batch that it may still prepare.
             self._channel.close()
             raise
@@ -92,6 +99,8 @@ class Sender:
             logger.warning("the other worker cannot take over: %s", answer.body["refused"])
             return False
         self._channel.send("go")
+        if not self._channel.is_open:
+            raise ChannelError("the receiver ended before it could go on")
         for one in batch:
             self._plane.counters.cells[HANDED["tunnels" if one.state.kind == "tunnel" else "connections"]] += 1
         return True
@@ -107,13 +116,13 @@ class Receiver:
     def __init__(self, worker: Worker, link: socket.socket) -> None:
         self._worker = worker
         self._prepared: list[Arrival] = []
+        self._is_preparing = False
         self._channel = Channel(link, self._on_message, self._on_lost)
 
     def _on_message(self, message: Message) -> None:
         match message.kind:
             case "connections":
-                message = Message(message.kind, message.body, message.take_descriptors(), message.number)
-                spawn(self._prepare(message), "take over connections")
+                self._begin(message)
             case "go":
                 self._go()
             case "sessions":
@@ -124,45 +133,64 @@ class Receiver:
     def _take_sessions(self, message: Message) -> None:
         plane = self._worker.plane
         try:
-            sessions = [
-                ActiveSession(bytes.fromhex(client_id), bytes.fromhex(digest), int(pinned_at), float(idle_s))
-                for client_id, digest, pinned_at, idle_s in message.body["sessions"]
-            ]
-        except (TypeError, ValueError, KeyError):
-            logger.exception("what came are no sessions")
+            sessions = [_read_session(*written) for written in message.body["sessions"]]
+        except (TypeError, ValueError, KeyError) as error:
+            self._channel.refuse(message, f"what came are no sessions: {error!r}")
             return
         plane.sessions.take_in(sessions, plane.now)
+        self._channel.answer(message)
+
+    def _begin(self, message: Message) -> None:
+        if self._is_preparing or self._prepared:
+            self._channel.refuse(message, "the connections before these have not been gone on with")
+            return
+        self._is_preparing = True
+        message = Message(message.kind, message.body, message.take_descriptors(), message.number)
+        spawn(self._prepare(message), "take over connections")
 
     async def _prepare(self, message: Message) -> None:
         """Make transports of all connections of a batch, or of none; nothing is read yet."""
-        worker, descriptors, made = self._worker, message.take_descriptors(), list[Any]()
+        made: list[Arrival] = []
+        refused = ""
         try:
-            states, counts = message.body["states"], message.body["counts"]
-            if sum(counts) != len(descriptors) or len(states) != len(counts):
-                raise HandOverError(f"{len(descriptors)} descriptors came for {len(states)} connections")  # noqa: TRY301
-            for written, count in zip(states, counts, strict=True):
-                state = read_state(written)
-                theirs, descriptors = descriptors[:count], descriptors[count:]
-                made.append(await arrive(worker.plane, worker.listeners.values(), state, theirs))
-        except (HandOverError, KeyError, TypeError) as error:
-            message.descriptors = descriptors  # closed below
-            for arrival in made:
-                arrival.drop()
-            self._channel.answer(message, {"refused": str(error)})
-        else:
-            if self._channel.is_closed:
-                for arrival in made:
-                    arrival.drop()
-                return
-            self._prepared = made
-            self._channel.answer(message)
+            await self._make(message, made)
+        except HandOverError as error:
+            refused = str(error)
+        except Exception as error:
+            logger.exception("cannot take over connections")
+            refused = repr(error)
         finally:
             message.close()
+            self._is_preparing = False
+        if refused or self._channel.is_closed:
+            for arrival in made:
+                arrival.drop()
+            self._channel.answer(message, {"refused": refused})
+        else:
+            self._prepared = made
+            self._channel.answer(message)
+
+    async def _make(self, message: Message, made: list[Arrival]) -> None:
+        """Add an arrival for each connection to `made`; raise HandOverError where one cannot be taken over."""
+        states, counts = message.body.get("states"), message.body.get("counts")
+        if not (isinstance(states, list) and isinstance(counts, list) and len(states) == len(counts)):
+            raise HandOverError("what came are no connections")
+        if not all(type(one) is int and one > 0 for one in counts) or sum(counts) != len(message.descriptors):
+            raise HandOverError(f"{len(message.descriptors)} descriptors came for {len(states)} connections")
+        worker = self._worker
+        for written, count in zip(states, counts, strict=True):
+            state = read_state(written)
+            theirs, message.descriptors = message.descriptors[:count], message.descriptors[count:]
+            made.append(await arrive(worker.plane, worker.listeners.values(), state, theirs))
 
     def _go(self) -> None:
         prepared, self._prepared = self._prepared, []
         for arrival in prepared:
-            arrival.go()
+            try:
+                arrival.go()
+            except Exception:
+                logger.exception("a connection that was taken over is lost")
+                arrival.drop()
 
     def _on_lost(self, _: str) -> None:
         prepared, self._prepared = self._prepared, []
@@ -172,3 +200,15 @@ class Receiver:
     @override
     def __repr__(self) -> str:
         return f"<Receiver prepared={len(self._prepared)}>"
+
+
+def _read_session(client_id: Any, digest: Any, pinned_at: Any, idle_s: Any) -> ActiveSession:
+    """Return a session; raise ValueError or TypeError where it is none that a token could stand for."""
+    session = ActiveSession(bytes.fromhex(client_id), bytes.fromhex(digest), pinned_at, idle_s)
+    if (len(session.client_id), len(session.digest)) != (CLIENT_ID_BYTES, DIGEST_BYTES):
+        raise ValueError("an id of another length")
+    if type(pinned_at) is not int or not 0 <= pinned_at < _MAX_SECONDS:
+        raise ValueError("no time when it was pinned")
+    if type(idle_s) not in {int, float} or not math.isfinite(idle_s) or idle_s < 0:
+        raise ValueError("no time since its last request")
+    return session

@@ -116,7 +116,9 @@ class Upgrader:
 def describe(status: Mapping[str, Any]) -> str:
     """Return what has moved in an upgrade and what has not, in words."""
     moved = f"{status.get('moved_tunnel', 0)} tunnels and {status.get('moved_downstream', 0)} connections have moved"
-    left = {kind: status.get(f"left_{kind}", 0) for kind in ("tls", "exchange", "ending", "waiting", "handshake", "refused")}
+    left = {
+        kind: status.get(f"left_{kind}", 0) for kind in ("tls", "exchange", "ending", "waiting", "handshake", "refused")
+    }
     words = {"tls": "of TLS", "exchange": "in an exchange", "ending": "ending", "waiting": "with unsent bytes",
              "handshake": "in a handshake", "refused": "that were refused"}  # fmt: skip
     rest = ", ".join(f"{count} {words[kind]}" for kind, count in left.items() if count)

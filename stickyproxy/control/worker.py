@@ -244,7 +244,9 @@ class Worker:
                 len(plane.downstreams),
             )
 
-    async def shut_tunnels(self, over_s: float, code: int = GOING_AWAY, reason: str = "the proxy is going away") -> None:
+    async def shut_tunnels(
+        self, over_s: float, code: int = GOING_AWAY, reason: str = "the proxy is going away"
+    ) -> None:
         """Send each tunnel that is open now a Close frame, one after the other, within `over_s` seconds.
 
         Paced, so that the clients of thousands of tunnels do not all reconnect in the same moment; as much time again

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -70,7 +71,7 @@ def start_process(program: Program | None = None) -> tuple[int, socket.socket]:
             process_id = os.posix_spawn(
                 command[0], command, environment, file_actions=actions, setsigdef=[signal.SIGPIPE]
             )
-        except OSError:
+        except BaseException:
             ours.close()
             raise
     return process_id, ours
@@ -96,7 +97,7 @@ class WorkerLink:
     `index` is the number that metrics and logs know it by; `table` holds its counters, after its end too.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- what there is to know of one process
         self,
         index: int,
         process_id: int,
@@ -118,6 +119,7 @@ class WorkerLink:
         self._on_end = on_end
         loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[None] = loop.create_future()
+        self._hello.add_done_callback(asyncio.Future.exception)  # nobody need wait for it
         self.ended: asyncio.Future[str] = loop.create_future()
         """How the process ended, in words, once it has."""
         self.channel = Channel(link, self._take, self._on_lost, received)
@@ -146,19 +148,22 @@ class WorkerLink:
         self._on_message(self, message)
 
     def _on_lost(self, reason: str) -> None:
-        if not self._hello.done():
-            self._hello.set_exception(ChannelError("it ended before it could start; its last words are above"))
+        self._miss_hello()
         if not self.reap():  # it is about to end, or it cannot be spoken to any more
             logger.debug("worker %d (pid %d): %s", self.index, self.process_id, reason)
             asyncio.get_running_loop().call_later(_KILL_S, self.kill)
 
+    def _miss_hello(self) -> None:
+        if not self._hello.done():
+            self._hello.set_exception(ChannelError("it ended before it could start; its last words are above"))
+
     async def start(self, body: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         """Have it make its data plane; raise ChannelError with the reason where it cannot."""
-        async with asyncio.timeout(START_TIMEOUT_S):
-            try:
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.shield(self._hello)
-            except TimeoutError as error:
-                raise ChannelError(f"no sign of life within {START_TIMEOUT_S:g} s") from error
+        except TimeoutError as error:
+            raise ChannelError(f"no sign of life within {START_TIMEOUT_S:g} s") from error
         await self.channel.request("start", dict(body), descriptors)
         self.is_ready = True
 
@@ -166,6 +171,9 @@ class WorkerLink:
         """Part from the process without ending it, and return what another image of this one needs to go on."""
         await self.channel.flush()
         link, received = self.channel.detach()
+        if link.fileno() < 0:  # it is about to end: let the other image see that too
+            link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            other.close()
         if self._descriptor is not None:
             asyncio.get_running_loop().remove_reader(self._descriptor)
         return WorkerState(
@@ -179,15 +187,16 @@ class WorkerLink:
         try:
             process_id, status = os.waitpid(self.process_id, os.WNOHANG)
         except ChildProcessError:  # it was somebody else's child, or was waited for already
-            process_id, status = (self.process_id, 0) if not _is_alive(self.process_id) else (0, 0)
+            process_id, status = 0 if _is_alive(self.process_id) else self.process_id, None
         if not process_id:
             return False
         if self._descriptor is not None:
             asyncio.get_running_loop().remove_reader(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
-        code = os.waitstatus_to_exitcode(status)
-        self.ended.set_result(_describe(code))
+        self.ended.set_result(_describe(status))
+        self.channel.read_rest()  # its last words: the end may be seen before them
+        self._miss_hello()
         self.channel.close()
         self._on_end(self)
         return True
@@ -195,7 +204,8 @@ class WorkerLink:
     def kill(self) -> None:
         """End the process at once."""
         if not self.reap():
-            os.kill(self.process_id, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # where it is nobody's child here
+                os.kill(self.process_id, signal.SIGKILL)
 
     @override
     def __repr__(self) -> str:
@@ -223,7 +233,10 @@ def _is_alive(process_id: int) -> bool:
     return True
 
 
-def _describe(code: int) -> str:
+def _describe(status: int | None) -> str:
+    if status is None:
+        return "unknown how: somebody else has waited for it"
+    code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exit status {code}"
     try:

@@ -26,6 +26,7 @@ from stickyproxy.control.transfer import Receiver, Sender
 from stickyproxy.control.worker import Worker
 from stickyproxy.errors import ChannelError, StickyproxyError
 from stickyproxy.observe.table import Table
+from stickyproxy.proxy.board import Board
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.frames import SERVICE_RESTART
 
@@ -124,11 +125,11 @@ class WorkerProcess:
         return self._worker
 
     async def _on_start(self, message: Message) -> None:
-        """Make the data plane. Descriptors: the table, then the sockets of the listeners."""
+        """Make the data plane. Descriptors: the table, the board, then the sockets of the listeners."""
         body = message.body
         config = _load(body)
         set_up_log(config.log_level, f"worker {body['index']}")
-        table, *links = message.take_descriptors()
+        table, board, *links = message.take_descriptors()
         raise_descriptor_limit()
         self._worker = worker = Worker(
             config,
@@ -139,6 +140,7 @@ class WorkerProcess:
         )
         self._contexts = make_upstream_contexts(config.upstreams)
         worker.plane.on_tick = self._report_sessions
+        worker.plane.place = Board(board).place(int(body["index"]))
         worker.add_listeners(_read_links(body, links), _make_contexts(config))
         tune_collector()
 
@@ -158,7 +160,11 @@ class WorkerProcess:
         self._report_sessions()
 
     async def _on_publish(self, message: Message) -> None:
-        self._running.publish(*read_snapshot(message.body, self._contexts))
+        snapshot, endpoints = read_snapshot(message.body, self._contexts)
+        worker = self._running
+        if worker.plane.place is not None:
+            worker.plane.place.slots = {bytes.fromhex(one): slot for one, slot in message.body["slots"].items()}
+        worker.publish(snapshot, endpoints)
 
     async def _on_ping(self, _: Message) -> None:
         """Answer: all that was sent before is done."""

@@ -393,7 +393,9 @@ def _name_proxy(numbers: Numbers) -> Iterator[Metric]:
     dropped.add_metric((), numbers.access_log_dropped)
     yield dropped
     lag = _histogram(
-        "event_loop_lag_seconds", "Seconds that a timer of the event loop fired late, two or four times each second.", "process"
+        "event_loop_lag_seconds",
+        "Seconds that a timer of the event loop fired late, two or four times each second.",
+        "process",
     )
     for process, histogram in numbers.event_loop_lag.items():
         _add(lag, (process,), histogram)

@@ -74,8 +74,9 @@ class _TunnelArrival(Arrival):
         plane, state = self._plane, self._state
         session = None
         if state.client_id:
-            digest = self._pool.digest if state.pinned_to == self._pool.digest else state.pinned_to  # one object for all
-            session = plane.sessions.find(state.client_id, digest, state.pinned_at)
+            digest = self._pool.digest  # nearly always the same, and then one object for all
+            pinned_to = digest if state.pinned_to == digest else state.pinned_to
+            session = plane.sessions.find(state.client_id, pinned_to, state.pinned_at)
             session.open += 1
             plane.sessions.touch(session, plane.now)
         else:

@@ -99,7 +99,7 @@ class Placement:
         elif plane.cookie_writer is not None:
             self.session = plane.sessions.begin(plane.new_client_id(), pool.digest, plane.wall)
             self._is_new = self._sets_cookie = True
-        pool.placed += 1
+        plane.on_placed(pool)
         return self._enter(pool)
 
     def _address_key(self) -> bytes | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stickyproxy.affinity.snapshot import Snapshot, Upstream
     from stickyproxy.observe.record import Record
     from stickyproxy.observe.table import Table
+    from stickyproxy.proxy.board import Place
     from stickyproxy.proxy.departure import Departure
     from stickyproxy.proxy.downstream import Downstream
     from stickyproxy.proxy.endpoint import Endpoint
@@ -62,6 +63,8 @@ class Plane:
         self.report = report
         self.log = log
         self.random = random
+        self.place: Place | None = None
+        """Where it shares what it knows with other workers; None where there are no others."""
         self.on_tick: Callable[[], None] | None = None
         """What the process around the plane does regularly, too."""
         self.chance = Chance(random)
@@ -89,7 +92,7 @@ class Plane:
         self._changed: set[asyncio.Future[None]] = set()
         self._client_ids = b""
         self._request_ids = int.from_bytes(os.urandom(8), "big") << 32
-        self._next_window = self.now + PLACED_WINDOW_S
+        self._next_window = _next_window(self.now)
         self._next_look = self.now + _LOOK_S
         self._due = self.now + TICK_S
         self._ticker = self.loop.call_later(TICK_S, self._tick)
@@ -157,8 +160,21 @@ class Plane:
 
     def load(self, upstream: Upstream) -> int:
         """Return how many clients use an upstream: its sessions, those without one, and those placed just now."""
-        pool = self.pools[upstream.digest]
-        return self.sessions.counts.get(upstream.digest, 0) + pool.strangers + pool.placed + pool.placed_before
+        digest = upstream.digest
+        pool = self.pools[digest]
+        if self.place is None or not self.snapshot.rules.is_shared:
+            return self.sessions.counts.get(digest, 0) + pool.strangers + pool.placed + pool.placed_before
+        return self.place.read(digest) + self._beyond(pool)
+
+    def _beyond(self, pool: Pool) -> int:
+        """Return how many clients this process knows of at an upstream beyond the sessions that all know of."""
+        return pool.strangers + pool.placed + pool.placed_before + self.sessions.count_unreported(pool.digest)
+
+    def on_placed(self, pool: Pool) -> None:
+        """Note that a client was placed at an upstream; other workers see it at once."""
+        pool.placed += 1
+        if self.place is not None:
+            self.place.write(pool.digest, self._beyond(pool))
 
     def new_client_id(self) -> bytes:
         """Return 10 random bytes; the system is asked once for many."""
@@ -261,9 +277,17 @@ class Plane:
             pool.show()
         self.sessions.expire(now)
         if now >= self._next_window:
-            self._next_window = now + PLACED_WINDOW_S
+            self._next_window = _next_window(now)
             for pool in self.pools.values():
                 pool.placed_before, pool.placed = pool.placed, 0
         self.show()
         if self.on_tick is not None:
             self.on_tick()
+        if self.place is not None:
+            for pool in self.pools.values():
+                self.place.write(pool.digest, self._beyond(pool))
+
+
+def _next_window(now: float) -> float:
+    """Return when the present window ends; windows are the same for all workers, which count each other's clients."""
+    return (now // PLACED_WINDOW_S + 1) * PLACED_WINDOW_S

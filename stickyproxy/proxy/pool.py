@@ -145,13 +145,17 @@ class Pool:
         cells = self.counters.cells
         cells[IDLE_CONNECTIONS] = len(self.idle)
         cells[STRANGERS] = self.strangers
-        cells[PLACED] = self.placed + self.placed_before
+        cells[PLACED] = max(0, self.placed + self.placed_before)
 
     def on_return(self, age_s: float) -> None:
-        """Count a client that was placed `age_s` seconds ago no more: it came back, and is a session now."""
-        if age_s <= PLACED_WINDOW_S and self.placed:
+        """Count a client that was placed `age_s` seconds ago no more: it came back, and is a session now.
+
+        Where another worker has placed it, the count goes below zero here, and is right in the sum of all.
+        """
+        is_shared = self._plane.snapshot.rules.is_shared
+        if age_s <= PLACED_WINDOW_S and (self.placed > 0 or is_shared):
             self.placed -= 1
-        elif age_s <= 2 * PLACED_WINDOW_S and self.placed_before:
+        elif age_s <= 2 * PLACED_WINDOW_S and (self.placed_before > 0 or is_shared):
             self.placed_before -= 1
 
     def empty(self) -> None:

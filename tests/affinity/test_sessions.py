@@ -254,6 +254,12 @@ def test_what_is_known_here_is_only_changed_by_what_is_later() -> None:
     times = [one.active_at for one in new._active.values()]
     assert times == sorted(times), "the longest unused is first"
     assert moved.active_at == kept.active_at == 20.0
+    used(new, 4, now=90.0)
+    used(old, 5, now=20.0)
+    new.take_in(list(old.export(90.0, at_once=10))[-1], 90.0)
+    assert new._active[b"%010d" % 5].active_at == 90.0, "behind the one that was used here just now"
+    new.expire(70.0 + IDLE_S)
+    assert b"%010d" % 5 in new._active
 
 
 def test_idle_sessions_are_forgotten_once_another_table_has_them() -> None:

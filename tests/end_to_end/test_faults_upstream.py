@@ -495,6 +495,7 @@ async def test_a_thousand_clients_lose_a_process_and_its_own_come_back_at_once(
 
 def lag_bound(proxy: StickyProxy) -> float:
     """Return the bucket of the largest lag of the worker's loop, in seconds."""
+    name = "stickyproxy_event_loop_lag_seconds_bucket"
     buckets = [(float(one.labels["le"]), one.value) for one in proxy.metrics()
-               if one.name == "stickyproxy_event_loop_lag_seconds_bucket" and one.labels["process"] == "worker"]  # fmt: skip
+               if one.name == name and one.labels["process"] == "worker"]  # fmt: skip
     return min(bound for bound, count in buckets if count == max(value for _, value in buckets))

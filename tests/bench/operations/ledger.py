@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,6 +80,3 @@ def compare(clients: Ends, apps: Ends) -> Tally:
 def both(tally: Tally, name: str) -> int:
     """Return a count of both directions."""
     return int(getattr(tally.up, name)) + int(getattr(tally.down, name))
-
-
-WAY_FIELDS = tuple(one.name for one in fields(Way))
