@@ -163,7 +163,7 @@ class Fleet:
         return link
 
     async def start_successors(self, program: Program) -> list[WorkerLink]:
-        """Start as many workers of another version, and return them; raise UsageError, with none left, if one cannot."""
+        """Start workers of another version, and return them; raise UsageError, with none left, where one cannot."""
         links = [self._launch(index, program) for index in range(self.orders.workers)]
         self.next_board = Board.create()  # the old ones have the same places on theirs
         try:

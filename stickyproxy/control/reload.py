@@ -56,12 +56,17 @@ class Reloader:
     async def reload(self) -> tuple[Change, ...]:
         """Reload, and return what has changed; raise UsageError, with nothing changed, where something is wrong."""
         async with self._one_at_a_time:
+            notifier = self._supervisor.notifier
+            notifier.reloading()
             try:
                 changes = await self._reload()
             except StickyproxyError as error:
                 self.outcomes["failed"] += 1
-                logger.error("cannot reload, nothing has changed: %s", error)  # noqa: TRY400 -- the reason is all
+                for line in str(error).splitlines():
+                    logger.error("cannot reload, nothing has changed: %s", line)  # noqa: TRY400 -- the reason is all
                 raise UsageError(str(error)) from error
+            finally:
+                notifier.ready()
             self.outcomes["ok" if changes else "unchanged"] += 1
             self.succeeded_at = _wall()
             for change in changes:

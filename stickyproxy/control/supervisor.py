@@ -156,9 +156,8 @@ class Supervisor:
         elif self._predecessor is not None:
             self.routing.restore(self._predecessor.routing)
         self.resolver = Resolver(self.routing.addresses, config.dns_refresh_s, self.routing.resolve)
-        stack.push_async_callback(lambda: self.resolver.stop())
         self.prober = Prober(config.health, self.routing)
-        stack.push_async_callback(lambda: self.prober.stop())
+        stack.push_async_callback(self._stop_watching)
         self.readings = Readings(self)
         self.reloader = Reloader(self)
         if inherited is None:
@@ -177,7 +176,6 @@ class Supervisor:
         if inherited is not None:
             await self.upgrader.take_over()
         self.certificates.start()
-        stack.push_async_callback(lambda: self.certificates.stop())
         self.readings.loop_lag.start()
         stack.callback(self.readings.loop_lag.stop)
         watchdog = Watchdog(self.notifier, self.readings.is_any_alive)
@@ -261,6 +259,11 @@ class Supervisor:
             self.admin = AdminListener(make_app(make_guard(written), self.readings, self.routing, self.fleet.published))
             await self.admin.start(self.sockets[written.address])
 
+    async def _stop_watching(self) -> None:
+        """Look at upstreams, their names and at certificates no more; these parts may be others than at the start."""
+        for part in (self.certificates, self.prober, self.resolver):
+            await part.stop()
+
     async def _stop_admin(self) -> None:
         admin, self.admin = self.admin, None
         if admin is not None:
@@ -277,7 +280,8 @@ class Supervisor:
             return
         if self._predecessor is not None:
             self.sockets.adopt(self._predecessor.choose_sockets(addresses))
-        self.sockets.adopt(match(addresses, take_listeners()), is_lent=True)
+        wanted = [address for address in addresses if address not in self.sockets]
+        self.sockets.adopt(match(wanted, take_listeners()), is_lent=True)
 
     def _find_secrets(self) -> tuple[bytes, ...]:
         """Return the secrets; with those of another proxy whose place is taken, so that its clients keep their pins."""
@@ -374,8 +378,8 @@ class Supervisor:
     async def leave(self, successors: list[WorkerLink]) -> Inheritance:
         """End all that runs in this image, but for what another one goes on with, and return that."""
         self.readings.loop_lag.stop()
-        for stop in (self.prober.stop, self.resolver.stop, self.certificates.stop, self._stop_admin):
-            await stop()
+        await self._stop_watching()
+        await self._stop_admin()
         if self.control is not None:
             await self.control.stop()
         if self._hand_over is not None:
@@ -434,7 +438,7 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, a second one stops at once; reload on SIGHUP, upgrade on SIGUSR2.
 
-    `take_over` is the hand-over socket of the proxy whose place this one takes. Raises UsageError where it cannot start.
+    `take_over` is the hand-over socket of the proxy whose place it takes. Raises UsageError where it cannot start.
     """
     predecessor = None if take_over is None else await Predecessor.find(take_over)
     if take_over is not None and predecessor is None:

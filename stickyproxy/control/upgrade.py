@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEFT: Final = {
+    "tls": "of TLS",
+    "exchange": "in an exchange",
+    "ending": "ending",
+    "waiting": "with unsent bytes",
+    "handshake": "in a handshake",
+    "refused": "that were refused",
+}
 _ANSWER_S: Final = 0.1  # for whoever asked for the upgrade to hear that it goes on
 _CHECK_S: Final = 60.0  # for the new version to say whether it can go on; it takes about a second
 HELD_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
@@ -89,6 +97,7 @@ class Upgrader:
         spawn(self._execute(command, successors), "execute the new version")
 
     async def _execute(self, command: list[str], successors: list[WorkerLink]) -> None:
+        self._supervisor.notifier.reloading(f"upgrading to version {self.status['to']}")
         inheritance = await self._supervisor.leave(successors)
         try:
             execute(command, inheritance)

@@ -1,4 +1,4 @@
-"""A worker: the data plane made from a configuration, its listeners, what changes with a reload, and its orderly end."""
+"""A worker: the data plane made from a configuration, its listeners, what a reload changes, and its orderly end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from stickyproxy.affinity.sessions import SessionTable
 from stickyproxy.affinity.snapshot import Snapshot
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
 from stickyproxy.observe.access_log import AccessLog
+from stickyproxy.observe.counters import ACCESS_LOG_DROPPED
 from stickyproxy.proxy.listener import Listener, Role
 from stickyproxy.proxy.plane import Plane
 from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
@@ -103,6 +104,14 @@ def make_sessions(config: Config, secrets: Sequence[bytes]) -> SessionTable:
     )
 
 
+def _open_access_log(config: Config) -> AccessLog | None:
+    """Begin to write the access log that the configuration asks for; raise UsageError where it cannot be opened."""
+    log = AccessLog(config.access_log) if config.access_log is not None else None
+    if log is not None:
+        log.start()
+    return log
+
+
 class Worker:
     """One data plane with its listeners and its access log.
 
@@ -121,8 +130,8 @@ class Worker:
     ) -> None:
         self.config = config
         self._report_on = report
-        self.access_log: AccessLog | None = None
-        self._set_access_log(config)
+        self.access_log = _open_access_log(config)
+        self._dropped = 0  # lines of access logs that are closed
         self.plane = Plane(
             make_settings(config, connections),
             make_sessions(config, secrets),
@@ -133,14 +142,10 @@ class Worker:
         )
         self.listeners: dict[Address, Listener] = {}
 
-    def _set_access_log(self, config: Config) -> None:
-        """Begin to write the access log that the configuration asks for; raise UsageError where it cannot be opened."""
-        log = AccessLog(config.access_log) if config.access_log is not None else None
-        if log is not None:
-            log.start()
-        before, self.access_log = self.access_log, log
-        if before is not None:
-            before.close()
+    def tick(self) -> None:
+        """Show in the counters what the plane does not know."""
+        dropped = 0 if self.access_log is None else self.access_log.dropped
+        self.plane.counters.cells[ACCESS_LOG_DROPPED] = self._dropped + dropped
 
     def add_listeners(
         self, bound: Mapping[Address, socket.socket], contexts: Mapping[Address, ssl.SSLContext] | None = None
@@ -188,7 +193,10 @@ class Worker:
         Listeners that it does not name any more are closed; new ones are added by `add_listeners`.
         """
         if config.access_log != self.config.access_log:
-            self._set_access_log(config)
+            before, self.access_log = self.access_log, _open_access_log(config)
+            if before is not None:
+                before.close()
+                self._dropped += before.dropped
             self.plane.log = self.access_log.write if self.access_log is not None else None
         self.config = config
         self.plane.change_settings(make_settings(config, connections))
@@ -270,3 +278,4 @@ class Worker:
                 await self.plane.wait_until_empty()
         if self.access_log is not None:
             self.access_log.close()
+        self.tick()

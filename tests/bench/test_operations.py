@@ -94,6 +94,16 @@ def test_sessions_that_lose_their_cookies_are_seen_to_move(tmp_path: Path) -> No
     assert result.struck > TIMES
 
 
+@pytest.mark.parametrize("operation", ["upgrade", "reload", "mixed", "kill-worker"])
+def test_each_operation_has_its_effect_and_loses_nothing_more_than_it_may(operation: str, tmp_path: Path) -> None:
+    result = perform(tmp_path, replace(SMALL, operation=operation, workers=2))
+    assert bad(result) == {}, write_report(result, [], 1, is_markdown=False)
+    assert len(result.outcomes) == TIMES
+    is_kill = operation == "kill-worker"
+    assert {port for outcome in result.outcomes for port in outcome.doomed} >= {cut[2] for cut in result.tally.cuts}
+    assert bool(result.tally.cuts) == is_kill
+
+
 def test_the_death_of_the_proxy_is_told_from_other_ends(tmp_path: Path) -> None:
     result = perform(tmp_path, replace(SMALL, operation="kill-supervisor"))
     assert bad(result) == {}, write_report(result, [], 1, is_markdown=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,52 +10,50 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
-from typing_extensions import override
 
-from stickyproxy import __version__, config
+from stickyproxy import __version__
+from stickyproxy.affinity.choose import BreakReason, Outcome
 from stickyproxy.affinity.health import HealthEvent
-from stickyproxy.affinity.snapshot import AdminState, Health, upstream_digest
-from stickyproxy.config import Address
+from stickyproxy.affinity.snapshot import AdminState, Health
+from stickyproxy.config import Config
 from stickyproxy.control import readings as readings_module
 from stickyproxy.control.certificates import CertificateFacts
-from stickyproxy.control.probe import Prober
-from stickyproxy.control.readings import LoopLag, Readings
-from stickyproxy.control.routing import Routing
-from stickyproxy.control.worker import Worker, make_sessions, make_settings
-from stickyproxy.observe.access_log import AccessLog
-from stickyproxy.observe.counters import Histogram, ProbeCounters, UpstreamCounters
+from stickyproxy.control.readings import LoopLag
+from stickyproxy.observe.counters import (
+    ACCEPT_PAUSES,
+    ACCESS_LOG_DROPPED,
+    AFFINITY,
+    BREAKS,
+    CONNECTIONS,
+    DIGEST,
+    DOWNSTREAMS,
+    HANDED,
+    HANDSHAKES,
+    HITS,
+    IDLE_CONNECTIONS,
+    IN_FLIGHT,
+    IS_ACCEPTING,
+    TICKED_AT,
+    TUNNELS_OPEN,
+    UPSTREAM,
+    ProbeCounters,
+    UpstreamCounters,
+)
 from stickyproxy.observe.metrics import UpstreamNumbers
-from stickyproxy.proxy.plane import Plane
+from tests.helpers.stub_supervisor import StubSupervisor
 
 DEADLINE_S = 30
 
 
-class Stub(SimpleNamespace):
-    """Any object, as a member of a set."""
+class Proxy(StubSupervisor):
+    """A proxy with two upstreams that nobody probes, and two workers."""
 
-    @override
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-
-class Proxy:
-    """The parts of a proxy that listens nowhere, with two upstreams that nobody probes."""
-
-    def __init__(self, access_log: AccessLog | None = None) -> None:
+    def __init__(self) -> None:
         upstreams = [
             {"id": "app-1", "url": "http://127.0.0.1:8001", "weight": 3},
             {"id": "app-2", "url": "unix:/run/app.sock"},
         ]
-        settings = config.Config.model_validate({"upstreams": upstreams})
-        self.plane = Plane(
-            make_settings(settings), make_sessions(settings, [b"x" * 32]), report=lambda *_: None, random=lambda: 0.0
-        )
-        self.routing = Routing(settings, self.plane.publish)
-        self.prober = Prober(settings.health, self.routing)
-        self.readings = Readings(cast("Worker", Stub(plane=self.plane)), self.routing, self.prober, access_log)
-
-    def counters(self, upstream_id: str = "app-1") -> UpstreamCounters:
-        return self.plane.pools[upstream_digest(upstream_id)].counters
+        super().__init__(Config.model_validate({"upstreams": upstreams, "listeners": ["127.0.0.1:8443"]}))
 
     def numbers(self, upstream_id: str = "app-1") -> UpstreamNumbers:
         [found] = [one for one in self.readings.take_numbers().upstreams if one.id == upstream_id]
@@ -64,12 +63,18 @@ class Proxy:
         for upstream_id in upstream_ids:
             self.routing.report(upstream_id, HealthEvent.REFUSED)
 
+    def end(self, worker: int) -> None:
+        """Let a worker end."""
+        link = self.fleet.links[worker]
+        link.is_leaving = True
+        self.fleet._on_end(link)
+
 
 @pytest_asyncio.fixture
 async def proxy() -> AsyncIterator[Proxy]:
     made = Proxy()
     yield made
-    made.plane.close()
+    made.close()
 
 
 # Ready or not
@@ -110,17 +115,23 @@ async def test_without_any_usable_upstream_the_reason_says_so(proxy: Proxy) -> N
 # The state
 
 
-async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
+async def test_the_state_names_every_worker_and_upstream(proxy: Proxy) -> None:
     proxy.readings.is_ready = True
-    proxy.counters().tunnels_open = 4
-    proxy.counters().in_flight = 5
-    proxy.plane.sessions.counts[upstream_digest("app-1")] = 6
+    proxy.counters("app-1").cells[TUNNELS_OPEN] = 1
+    proxy.counters("app-1", 1).cells[TUNNELS_OPEN] = 3
+    proxy.counters("app-1", 1).cells[IN_FLIGHT] = 5
+    proxy.begin_sessions("app-1", 4)
+    proxy.begin_sessions("app-1", 2, worker=1)
     proxy.refuse("app-2")
     state = json.loads(json.dumps(proxy.readings.describe()))
     assert state.pop("uptime_s") >= 0
     assert state == {
         "version": __version__,
         "is_ready": True,
+        "workers": [
+            {"index": 0, "pid": 1000, "version": "1.2.3", "is_leaving": False},
+            {"index": 1, "pid": 1001, "version": "1.2.3", "is_leaving": False},
+        ],
         "clusters": [
             {
                 "name": "default",
@@ -134,6 +145,7 @@ async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
                         "admin_state": "ready",
                         "health": "unknown",
                         "is_refused": False,
+                        "is_leaving": False,
                         "accepts_new": True,
                         "accepts_pinned": True,
                         "sessions": 6,
@@ -148,6 +160,7 @@ async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
                         "admin_state": "ready",
                         "health": "unhealthy",
                         "is_refused": True,
+                        "is_leaving": False,
                         "accepts_new": False,
                         "accepts_pinned": False,
                         "sessions": 0,
@@ -160,10 +173,33 @@ async def test_the_state_names_every_upstream(proxy: Proxy) -> None:
     }
 
 
+async def test_workers_and_upstreams_that_are_leaving_say_so(proxy: Proxy) -> None:
+    proxy.fleet.leaving.append(proxy.fleet.links.pop(0))
+    proxy.routing.reload(Config.model_validate({"upstreams": ["http://127.0.0.1:1"]}), {})
+    described = cast("dict[str, Any]", proxy.readings.describe())
+    assert {one["index"]: one["is_leaving"] for one in described["workers"]} == {0: True, 1: False}
+    [cluster] = described["clusters"]
+    leaving = {one["id"]: (one["is_leaving"], one["admin_state"]) for one in cluster["upstreams"]}
+    assert leaving == {"127.0.0.1:1": (False, "ready"), "app-1": (True, "drain"), "app-2": (True, "drain")}
+
+
 async def test_a_guarded_cluster_says_so(proxy: Proxy) -> None:
     proxy.refuse("app-1", "app-2")
     [cluster] = cast("list[dict[str, Any]]", proxy.readings.describe()["clusters"])
     assert cluster["is_guarded"] is True
+
+
+@pytest.mark.parametrize("cell", [TUNNELS_OPEN, IN_FLIGHT])
+async def test_an_upstream_is_empty_when_no_worker_has_anything_of_it(proxy: Proxy, cell: int) -> None:
+    assert proxy.readings.is_empty("app-1")
+    proxy.counters("app-1", 1).cells[cell] = 1
+    assert not proxy.readings.is_empty("app-1")
+    assert proxy.readings.is_empty("app-2")
+    proxy.counters("app-1", 1).cells[cell] = 0
+    proxy.begin_sessions("app-1", 1)
+    assert not proxy.readings.is_empty("app-1")
+    proxy.refuse("app-1")  # its process is gone, and with it the sessions
+    assert proxy.readings.is_empty("app-1")
 
 
 # The numbers
@@ -172,109 +208,125 @@ async def test_a_guarded_cluster_says_so(proxy: Proxy) -> None:
 async def test_the_numbers_of_an_upstream_are_gathered(proxy: Proxy) -> None:
     proxy.prober.counters["app-1"] = ProbeCounters()
     proxy.prober.counters["app-1"].outcomes["passed"] = 2
-    proxy.plane.sessions.counts[upstream_digest("app-1")] = 3
-    proxy.plane.pools[upstream_digest("app-1")].idle.append(cast("Any", SimpleNamespace(close=lambda: None)))
+    proxy.begin_sessions("app-1", 3)
+    proxy.counters("app-1").cells[IDLE_CONNECTIONS] = 1
+    proxy.counters("app-1", 1).cells[IDLE_CONNECTIONS] = 2
     proxy.routing.set_admin_state("app-1", AdminState.DRAIN)
     proxy.refuse("app-2")
     found = proxy.numbers()
     assert (found.labels, found.health, found.admin) == (("default", "app-1"), Health.UNKNOWN, AdminState.DRAIN)
-    assert (found.sessions, found.idle_connections, found.probes.outcomes["passed"]) == (3, 1, 2)
+    assert (found.sessions, found.idle_connections, found.probes.outcomes["passed"]) == (3, 3, 2)
     assert not found.is_refused
     assert proxy.numbers("app-2").is_refused
     assert proxy.numbers("app-2").probes.outcomes["passed"] == 0  # not probed yet
 
 
-async def test_the_numbers_of_the_plane_are_gathered(proxy: Proxy) -> None:
-    counters = proxy.plane.counters
-    counters.hits = 7
-    counters.affinity["new"] = 1
-    counters.breaks["refused"] = 2
-    counters.connections = 9
-    counters.none.count_exchange(b"GET", 503)
-    proxy.plane.downstreams.add(cast("Any", Stub(abort=lambda: None)))
+async def test_the_numbers_of_the_planes_are_added_up(proxy: Proxy) -> None:
+    for worker, times in enumerate((1, 2)):
+        counters = proxy.links[worker].table.plane
+        counters.cells[HITS] = 7 * times
+        counters.cells[AFFINITY[Outcome.NEW]] = times
+        counters.cells[BREAKS[BreakReason.REFUSED]] = 2 * times
+        counters.cells[CONNECTIONS] = 9 * times
+        counters.cells[DOWNSTREAMS] = times
+        counters.cells[HANDED["tunnels"]] = times
+        counters.none.count_exchange(b"GET", 503)
+        counters.observe_lag(0.1)
     proxy.refuse("app-1", "app-2")
     proxy.readings.loop_lag.histogram.observe(0.1)
     numbers = proxy.readings.take_numbers()
     assert numbers.version == __version__
-    assert numbers.affinity == {"hit": 7, "new": 1}
-    assert numbers.breaks == {"refused": 2}
-    assert (numbers.downstream_connections, numbers.downstream_connections_total) == (1, 9)
-    assert sum(numbers.none["default"].exchanges) == 1
+    assert numbers.affinity == {"hit": 21, "new": 3}
+    assert numbers.breaks == {"refused": 6}
+    assert (numbers.downstream_connections, numbers.downstream_connections_total) == (3, 27)
+    assert sum(numbers.none["default"].exchanges) == 2
     assert numbers.guarded == {"default": True}
-    assert sum(numbers.event_loop_lag.counts) == 1
+    assert {process: sum(lag.counts) for process, lag in numbers.event_loop_lag.items()} == {
+        "supervisor": 1,
+        "worker": 2,
+    }
     assert numbers.access_log_dropped == 0
+    assert numbers.handed_over == {"connections": 0, "tunnels": 3}
     assert (numbers.name_lookups, numbers.certificate_reloads, numbers.certificates) == ({}, {}, {})
 
 
 async def test_the_numbers_of_connections_names_and_certificates_are_gathered(proxy: Proxy) -> None:
-    proxy.plane.counters.handshakes["tls_failed"] = 3
-    proxy.plane.gate.pauses = 2
+    plane = proxy.links[1].table.plane
+    plane.cells[HANDSHAKES["tls_failed"]] = 3
+    plane.cells[ACCEPT_PAUSES] = 2
+    plane.cells[ACCESS_LOG_DROPPED] = 4
+    plane.cells[IS_ACCEPTING] = 1
     proxy.readings.is_ready = True
-    proxy.readings._resolver = cast("Any", SimpleNamespace(lookups={"changed": 4}))
-    facts = {0: (CertificateFacts(Path("/a.pem"), ("example.org",), 0.0, 99.0),), 7: ()}
-    proxy.readings._certificates = cast("Any", SimpleNamespace(reloads={"ok": 5}, facts=facts))
-    proxy.readings._worker.listeners = [cast("Any", SimpleNamespace(address=Address("127.0.0.1", 8443)))]
+    proxy.resolver.lookups["changed"] = 4
+    proxy.certificates.facts = {0: (CertificateFacts(Path("/a.pem"), ("example.org",), 0.0, 99.0),)}
+    proxy.certificates.reloads["ok"] = 5
     numbers = proxy.readings.take_numbers()
     assert (numbers.handshakes, numbers.accept_pauses, numbers.is_accepting) == ({"tls_failed": 3}, 2, True)
+    assert numbers.access_log_dropped == 4
     assert (numbers.name_lookups, numbers.certificate_reloads) == ({"changed": 4}, {"ok": 5})
     assert numbers.certificates == {("127.0.0.1:8443", "/a.pem"): 99.0}
-    proxy.plane.gate.is_open = False
+    plane.cells[IS_ACCEPTING] = 0  # and the other worker never did
     assert not proxy.readings.take_numbers().is_accepting
 
 
-async def test_dropped_lines_of_the_access_log_are_among_them() -> None:
-    proxy = Proxy(cast("AccessLog", SimpleNamespace(dropped=4)))
-    assert proxy.readings.take_numbers().access_log_dropped == 4
-    proxy.plane.close()
+async def test_the_numbers_of_workers_and_reloads_are_gathered(proxy: Proxy) -> None:
+    proxy.fleet.restarts = 6
+    proxy.reloader.outcomes["failed"] = 2
+    proxy.reloader.succeeded_at = 1234.5
+    proxy.links[1].table.plane.cells[TICKED_AT] = time.monotonic_ns() - 10_000_000_000
+    numbers = proxy.readings.take_numbers()
+    assert (numbers.workers, numbers.worker_restarts) == (2, 6)
+    assert (numbers.reloads, numbers.reloaded_at) == ({"failed": 2}, 1234.5)
+    [(worker, ago_s)] = numbers.ticks.items()  # the other has not ticked yet
+    assert worker == "1"
+    assert 10 <= ago_s < 10 + DEADLINE_S
 
 
-def make_tunnel(upstream_id: str, received_bytes: int, sent_bytes: int) -> Any:
-    client, upstream = Stub(received_bytes=received_bytes), Stub(received_bytes=sent_bytes)
-    return Stub(upstream_id=upstream_id, client=client, upstream=upstream, abort=lambda: None)
-
-
-async def test_the_bytes_of_open_tunnels_are_added_up_by_upstream(proxy: Proxy) -> None:
-    for upstream_id, received, sent in (("app-1", 1, 10), ("app-1", 2, 20), ("app-2", 4, 40)):
-        proxy.plane.tunnels.add(make_tunnel(upstream_id, received, sent))
-    assert (proxy.numbers().open_received_bytes, proxy.numbers().open_sent_bytes) == (3, 30)
-    assert (proxy.numbers("app-2").open_received_bytes, proxy.numbers("app-2").open_sent_bytes) == (4, 40)
+async def test_what_a_worker_had_counted_outlives_it(proxy: Proxy) -> None:
+    for worker in range(2):
+        counters = proxy.counters("app-1", worker)
+        counters.count_exchange(b"GET", 200)
+        counters.cells[TUNNELS_OPEN] = 1
+        proxy.links[worker].table.plane.cells[DOWNSTREAMS] = 1
+        proxy.begin_sessions("app-1", 1, worker)
+    assert proxy.numbers().sessions == 2
+    proxy.end(0)
+    found = proxy.numbers()
+    assert (sum(found.counters.exchanges), found.counters.tunnels_open) == (2, 1)
+    assert proxy.readings.take_numbers().downstream_connections == 1
+    assert proxy.numbers().sessions == 1
 
 
 def change_all(counters: UpstreamCounters | ProbeCounters) -> None:
-    """Change every attribute in place."""
-    for name in counters.__slots__:
-        value = getattr(counters, name)
-        match value:
-            case int():
-                setattr(counters, name, value + 1)
-            case list():
-                value[0] += 1
-            case Histogram():
-                value.observe(1.0)
-            case _:
-                value["changed"] += 1
+    """Change all that is counted."""
+    if isinstance(counters, UpstreamCounters):
+        for at in range(DIGEST + 1, UPSTREAM.size):
+            counters.cells[at] += 1
+    else:
+        counters.duration.observe(1.0)
+        counters.outcomes["passed"] += 1
 
 
-def facts(counters: UpstreamCounters | ProbeCounters) -> dict[str, object]:
-    return {
-        name: (value.bounds, list(value.counts), value.total_s) if isinstance(value, Histogram) else repr(value)
-        for name in counters.__slots__
-        for value in [getattr(counters, name)]
-    }
+def facts(counters: UpstreamCounters | ProbeCounters) -> object:
+    if isinstance(counters, UpstreamCounters):
+        return counters.cells[DIGEST + 1 :].tolist()
+    return list(counters.duration.counts), counters.duration.total_s, dict(counters.outcomes)
 
 
 async def test_the_numbers_do_not_change_afterwards(proxy: Proxy) -> None:
     probes = proxy.prober.counters["app-1"] = ProbeCounters()
-    change_all(proxy.counters())
+    counters = proxy.counters("app-1")
+    change_all(counters)
     change_all(probes)
     taken = proxy.numbers()
     before = facts(taken.counters), facts(taken.probes)
-    assert before == (facts(proxy.counters()), facts(probes))
-    change_all(proxy.counters())
+    assert before == (facts(counters), facts(probes))
+    change_all(counters)
     change_all(probes)
     assert (facts(taken.counters), facts(taken.probes)) == before
-    after = facts(proxy.counters())
-    assert all(after[name] != before[0][name] for name in after)
+    after = proxy.numbers()
+    assert facts(after.counters) == facts(counters) != before[0]
+    assert facts(after.probes) == facts(probes) != before[1]
 
 
 # The lag of the loop

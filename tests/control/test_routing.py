@@ -196,6 +196,104 @@ def test_what_names_stand_for_is_published_with_the_same_snapshot() -> None:
     assert len(published.snapshots) == 4
 
 
+# Reloads
+
+
+def ids(snapshot: Snapshot) -> list[tuple[str, AdminState]]:
+    return [(one.id, one.admin) for one in snapshot.upstreams]
+
+
+def test_a_reload_keeps_what_is_known_of_the_upstreams_that_stay() -> None:
+    routing, published = make(NAMED)
+    routing.set_admin_state("a", AdminState.DRAIN)
+    routing.report("c", REFUSED)
+    routing.resolve({"a": "10.0.0.8", "c": "10.0.0.9"})
+    before = len(published.snapshots)
+    routing.reload(load_text(NAMED.replace("max_sessions: 7", "weight: 5") + "affinity: {policy: random}", {}), {})
+    assert len(published.snapshots) == before + 1  # all at once
+    a, _, c = published.last.upstreams
+    assert (a.admin, a.weight, a.max_sessions) == (AdminState.DRAIN, 5, None)
+    assert c.is_refused
+    assert [published.endpoints[one].ip for one in ("a", "c")] == ["10.0.0.8", "10.0.0.9"]
+    assert published.last.rules == Rules(policy="random")
+
+
+def test_an_upstream_at_another_address_is_another_process() -> None:
+    routing, published = make(NAMED)
+    routing.report("c", REFUSED)
+    routing.set_admin_state("c", AdminState.DRAIN)
+    routing.resolve({"c": "10.0.0.9"})
+    routing.reload(load_text(NAMED.replace("8001", "8002"), {}), {})
+    c = published.last.upstreams[2]
+    assert (c.health, c.is_refused, c.admin) == (Health.UNKNOWN, False, AdminState.DRAIN)
+    assert published.endpoints["c"] == Endpoint(Address("app.internal", 8002))
+
+
+ONE = TWO.rsplit("  -", 1)[0]
+
+
+def test_a_removed_upstream_drains_until_it_is_dropped() -> None:
+    routing, published = make()
+    routing.reload(load_text(ONE, {}), {})
+    assert ids(published.last) == [("a", AdminState.READY), ("b", AdminState.DRAIN)]
+    assert list(routing.leaving) == ["b"]
+    assert published.endpoints["b"] == Endpoint(Address(path="/run/b.sock"))
+    routing.report("b", REFUSED)
+    assert published.last.upstreams[1].is_refused
+    routing.drop(["b"])
+    assert ids(published.last) == [("a", AdminState.READY)]
+    assert set(published.endpoints) == set(routing.observed) == set(routing.admin_states) == {"a"}
+    routing.report("b", PASSED)
+    routing.drop([])
+    assert ids(published.last) == [("a", AdminState.READY)]
+
+
+def test_a_removed_upstream_in_maintenance_stays_there() -> None:
+    routing, published = make()
+    routing.set_admin_state("b", AdminState.MAINT)
+    routing.reload(load_text(ONE, {}), {})
+    assert ids(published.last)[1] == ("b", AdminState.MAINT)
+
+
+def test_a_removed_upstream_can_only_drain() -> None:
+    routing, published = make()
+    routing.reload(load_text(ONE, {}), {})
+    with pytest.raises(ValueError, match="no longer in the configuration"):
+        routing.set_admin_state("b", AdminState.READY)
+    routing.set_admin_state("b", AdminState.MAINT)
+    assert ids(published.last)[1] == ("b", AdminState.MAINT)
+
+
+def test_an_upstream_that_comes_back_is_ready_again() -> None:
+    routing, published = make()
+    routing.reload(load_text(ONE, {}), {})
+    routing.report("b", FAILED)
+    routing.reload(load_text(TWO, {}), {})
+    assert ids(published.last) == [("a", AdminState.READY), ("b", AdminState.READY)]
+    assert routing.leaving == {}
+    routing.reload(load_text(ONE, {}), {})
+    assert list(routing.leaving) == ["b"]
+
+
+def test_an_upstream_that_stays_through_two_reloads_leaves_once() -> None:
+    routing, published = make()
+    for _ in range(2):
+        routing.reload(load_text(ONE, {}), {})
+    assert ids(published.last) == [("a", AdminState.READY), ("b", AdminState.DRAIN)]
+    routing.drop(["b"])
+    routing.reload(load_text(ONE, {}), {})
+    assert ids(published.last) == [("a", AdminState.READY)]
+
+
+def test_a_reload_brings_the_thresholds_and_the_tls_of_the_file() -> None:
+    routing, published = make(NAMED)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    routing.reload(load_text(NAMED + "health: {probe: {fall: 1}}", {}), {"a": context})
+    assert published.endpoints["a"].tls is context
+    routing.report("a", FAILED)
+    assert published.last.upstreams[0].health is Health.UNHEALTHY
+
+
 # The log
 
 

@@ -45,9 +45,17 @@ async def upstream() -> AsyncIterator[App]:
 
 
 async def fail_to_start(loaded: Loaded) -> str:
+    """Run a supervisor that cannot start, and return why; no process of it is left."""
+    before = children()
     with pytest.raises(UsageError) as error:
         await Supervisor(loaded).run()
+    await until(lambda: children() <= before, "the workers have ended")
     return str(error.value)
+
+
+def children() -> set[str]:
+    """Return the process ids of the children, those included that have ended and were not waited for."""
+    return {one for task in Path("/proc/self/task").glob("*/children") for one in task.read_text().split()}
 
 
 def names_in(directory: Path) -> set[str]:
@@ -275,25 +283,18 @@ async def test_whatever_fails_leaves_nothing_behind(
         monkeypatch.setattr(AdminListener, "start", fail)
     if failing == "accept":
         monkeypatch.setattr(Fleet, "accept", fail)
-    children = _children()
     assert await fail_to_start(load(**sections))
     assert can_listen(port)
     assert names_in(tmp_path) <= {"secret"}
-    await until(lambda: _children() <= children, "the workers have ended")
     left = [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert [name for name in left if name.startswith(("probe", "look", "drain"))] == []
-
-
-def _children() -> set[int]:
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {int(one) for task in tasks for one in task.read_text().split() if is_running(int(one))}
 
 
 async def test_the_reason_of_a_worker_is_told(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere" / "access.log"
     said = await fail_to_start(load(access_log={"path": str(missing)}))
     assert str(missing) in said
-    assert "No such file or directory" in said
+    assert "no such file or directory" in said
 
 
 # Stopping
@@ -374,7 +375,7 @@ async def test_the_parts_end_before_the_workers_that_they_speak_to(monkeypatch: 
 
     note("fleet", Fleet, "close")
     note("admin", AdminListener, "stop")
-    async with running(load(admin={"address": f"127.0.0.1:{free_port()}"})):
+    async with running(load(admin={"address": "127.0.0.1:0"})):
         pass
     assert order == ["admin", "fleet"]
 

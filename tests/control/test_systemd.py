@@ -587,11 +587,11 @@ def test_the_service_is_what_this_program_speaks() -> None:
     assert service["Type"] == ["notify"]
     assert service["NotifyAccess"] == ["main"]
     assert service["RuntimeDirectory"] == service["StateDirectory"] == ["stickyproxy"]
-    (start,) = service["ExecStart"]
-    program, command, *options = start.split()
-    assert program == "/opt/stickyproxy/bin/stickyproxy"
-    known = {name for option in main.commands[command].params for name in option.opts}
-    assert {option for option in options if option.startswith("-")} <= known
+    for line in (*service["ExecStart"], *service["ExecReload"]):
+        program, command, *options = line.split()
+        assert program == "/opt/stickyproxy/bin/stickyproxy"
+        known = {name for option in main.commands[command].params for name in option.opts}
+        assert {option for option in options if option.startswith("-")} <= known
 
 
 def test_the_sockets_are_those_of_the_listeners_named_beside_them(inheritance: Inheritance) -> None:

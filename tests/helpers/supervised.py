@@ -19,6 +19,7 @@ from tests.helpers.plain_client import PlainClient, ask
 
 DEADLINE_S = 60.0
 SECRET = "0123456789abcdef0123456789abcdef"
+_CLOSE = 0x88
 HANDSHAKE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x"}
 
 
@@ -49,6 +50,7 @@ def write_sections(sections: Mapping[str, Any]) -> str:
         "admin": False,
         "affinity": {"secrets": [SECRET]},
         "workers": 1,
+        "control": False,
     }
     return yaml.safe_dump({**basis, **sections}, sort_keys=False)
 
@@ -120,8 +122,7 @@ class App:
                         b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
                         b"X-App: " + self.name.encode() + b"\r\n\r\n"
                     )
-                    while data := await reader.read(65536):
-                        writer.write(data)
+                    await _echo(reader, writer)
                     break
                 if head.startswith("GET /hold "):
                     await self.released.wait()
@@ -131,6 +132,16 @@ class App:
             pass
         finally:
             writer.close()
+
+
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send back the frames that come, all of them short and masked, unmasked; the Close frame is the last."""
+    opcode = 0
+    while opcode != _CLOSE:
+        opcode, size = await reader.readexactly(2)
+        mask, masked = await reader.readexactly(4), await reader.readexactly(size & 0x7F)
+        payload = bytes(byte ^ mask[at % 4] for at, byte in enumerate(masked))
+        writer.write(bytes((opcode, len(payload))) + payload)
 
 
 class Tunnel:
@@ -144,16 +155,16 @@ class Tunnel:
     async def echo(self) -> None:
         """Send a masked text message and take it back."""
         self._sent += 1
-        frame = b"\x81\x84\x00\x00\x00\x00" + f"{self._sent:04}".encode()
-        self.client._writer.write(frame)
+        text = f"{self._sent:04}".encode()
+        self.client._writer.write(b"\x81\x84\x00\x00\x00\x00" + text)
         async with asyncio.timeout(DEADLINE_S):
-            assert await self.client._reader.readexactly(len(frame)) == frame
+            assert await self.client._reader.readexactly(2 + len(text)) == b"\x81\x04" + text
 
     async def receive_close(self) -> int:
         """Wait for a Close frame, and return its code."""
         async with asyncio.timeout(DEADLINE_S):
             first, size = await self.client._reader.readexactly(2)
-            assert first == 0x88
+            assert first == _CLOSE
             return int.from_bytes((await self.client._reader.readexactly(size))[:2], "big")
 
 

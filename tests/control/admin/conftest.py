@@ -1,8 +1,6 @@
 """A proxy without listeners, and clients of its admin application."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -10,13 +8,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 
+from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.config import Admin, Config
 from stickyproxy.control.admin.app import make_app
-from stickyproxy.control.probe import Prober
+from stickyproxy.control.admin.auth import make_guard
 from stickyproxy.control.readings import Readings
 from stickyproxy.control.routing import Routing
-from stickyproxy.control.worker import make_sessions, make_settings
-from stickyproxy.proxy.plane import Plane
+from tests.helpers.stub_supervisor import StubSupervisor
 
 Client = TestClient[web.Request, web.Application]
 
@@ -28,32 +26,54 @@ def config() -> Config:
 
 
 @pytest_asyncio.fixture
-async def plane(config: Config) -> AsyncIterator[Plane]:
-    made = Plane(make_settings(config), make_sessions(config, [b"x" * 32]), report=lambda *_: None, random=lambda: 0.0)
+async def supervisor(config: Config) -> AsyncIterator[StubSupervisor]:
+    made = StubSupervisor(config)
+    made.readings.is_ready = True
     yield made
     made.close()
 
 
 @pytest.fixture
-def routing(config: Config, plane: Plane) -> Routing:
-    return Routing(config, plane.publish)
-
-
-@pytest_asyncio.fixture
-async def readings(config: Config, plane: Plane, routing: Routing) -> Readings:
-    made = Readings(cast("Any", SimpleNamespace(plane=plane)), routing, Prober(config.health, routing), None)
-    made.is_ready = True
-    return made
+def routing(supervisor: StubSupervisor) -> Routing:
+    return supervisor.routing
 
 
 @pytest.fixture
-def connect(aiohttp_client: AiohttpClient, readings: Readings, routing: Routing) -> Callable[..., Awaitable[Client]]:
-    """Return what makes a client of an admin application with the given keys of its configuration."""
+def readings(supervisor: StubSupervisor) -> Readings:
+    return supervisor.readings
 
-    async def make(**keys: str) -> Client:
-        return await aiohttp_client(make_app(Admin.model_validate(keys), readings, routing))
+
+@pytest.fixture
+def settled() -> list[dict[str, AdminState]]:
+    """Return the admin states that there were each time somebody waited until the data plane works by them."""
+    return []
+
+
+@pytest.fixture
+def make(
+    readings: Readings, routing: Routing, settled: list[dict[str, AdminState]]
+) -> Callable[..., web.Application]:
+    """Return what makes an admin application with the given keys of its configuration."""
+
+    async def settle() -> None:
+        settled.append(routing.admin_states)
+
+    def make(**keys: str) -> web.Application:
+        return make_app(make_guard(Admin.model_validate(keys)), readings, routing, settle)
 
     return make
+
+
+@pytest.fixture
+def connect(
+    aiohttp_client: AiohttpClient, make: Callable[..., web.Application]
+) -> Callable[..., Awaitable[Client]]:
+    """Return what makes a client of such an application."""
+
+    async def connect(**keys: str) -> Client:
+        return await aiohttp_client(make(**keys))
+
+    return connect
 
 
 @pytest_asyncio.fixture

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.config import Config
 from stickyproxy.control.admin.state import parse_admin_state
 from stickyproxy.control.readings import Readings
 from stickyproxy.control.routing import Routing
@@ -51,6 +52,25 @@ async def test_an_upstream_is_set_to_a_state(
     assert admin_state(routing, upstream_id) is state
     others = [admin_state(routing, one) for one in IDS if one != upstream_id]
     assert others == [AdminState.READY] * 2
+
+
+async def test_whoever_is_answered_may_rely_on_it(client: Client, settled: list[dict[str, AdminState]]) -> None:
+    await client.put(path_of("app-1"), json={"state": "maint"})
+    assert [states["app-1"] for states in settled] == [AdminState.MAINT]  # once, after the change
+
+
+async def test_an_upstream_that_is_leaving_takes_nobody_again(
+    client: Client, routing: Routing, config: Config, settled: list[dict[str, AdminState]]
+) -> None:
+    routing.reload(config.model_copy(update={"upstreams": config.upstreams[1:]}), {})
+    response = await client.put(path_of("app-1"), json={"state": "ready"})
+    assert response.status == 409
+    assert await response.json() == {
+        "error": "the upstream 'app-1' is no longer in the configuration; it can only drain"
+    }
+    assert settled == []
+    response = await client.put(path_of("app-1"), json={"state": "maint"})
+    assert ((await response.json())["admin_state"], (await response.json())["is_leaving"]) == ("maint", True)
 
 
 async def test_a_colon_need_not_be_escaped(client: Client, routing: Routing) -> None:
