@@ -1,7 +1,6 @@
 """The commands: what they print, their exit statuses, and that no mistake of an operator ends in a traceback."""
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from stickyproxy import __version__, cli
-from stickyproxy.config import Address, Config
+from stickyproxy.config import Address, Config, Loaded
 from stickyproxy.demo.launcher import DemoError
 from tests.helpers.certificates import Authority
 from tests.helpers.json_schema import find_mistakes
@@ -47,13 +46,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Let `serve` and `demo` note what they would serve, and return."""
     configs: list[Config] = []
 
-    async def note(config: Config, on_ready: Any = None) -> None:
-        configs.append(config)
+    async def note(loaded: Loaded, on_ready: Any = None, **_: object) -> None:
+        configs.append(loaded.config)
         if on_ready is not None:
-            on_ready([one.address for one in config.listeners])
+            on_ready([one.address for one in loaded.config.listeners])
 
     monkeypatch.setattr(cli, "run_proxy", note)
-    monkeypatch.setattr(cli, "_set_up_log", lambda _level: None)
+    monkeypatch.setattr(cli, "set_up_log", lambda _level: None)
     return configs
 
 
@@ -282,6 +281,11 @@ def test_serve_lets_options_and_urls_stand_over_the_file(served: list[Config], t
     assert (config.workers, config.grace_s) == ("auto", 3.0)
 
 
+def test_serve_takes_a_number_of_workers(served: list[Config]) -> None:
+    assert run("serve", "--workers", "4", "http://127.0.0.1:1").exit_code == 0
+    assert served[0].workers == 4
+
+
 def test_serve_without_an_admin_listener(served: list[Config]) -> None:
     assert run("serve", "--admin", "off", "--workers", "1", "http://127.0.0.1:1").exit_code == 0
     assert (served[0].admin, served[0].workers) == (None, 1)
@@ -298,11 +302,11 @@ def test_serve_without_an_admin_listener(served: list[Config]) -> None:
         (("--listen", "127.0.0.1:99999", "http://127.0.0.1:1"), "--listen: expected a port"),
         (("--admin", "no", "http://127.0.0.1:1"), "--admin: expected an address"),
         (("--admin", ":9090", "http://127.0.0.1:1"), "--admin: an admin address that is not loopback needs a token"),
-        (("--workers", "0", "http://127.0.0.1:1"), "--workers: expected 1 or auto"),
-        (("--workers", "4", "http://127.0.0.1:1"), "--workers: this version runs one worker"),
-        (("--workers", "-1", "http://127.0.0.1:1"), "--workers: expected 1 or auto"),
-        (("--workers", "many", "http://127.0.0.1:1"), "--workers: expected 1 or auto"),
-        (("--workers", "9" * 5000, "http://127.0.0.1:1"), "--workers: expected 1 or auto"),
+        (("--workers", "0", "http://127.0.0.1:1"), "--workers: expected auto or a whole number from 1 to 64"),
+        (("--workers", "65", "http://127.0.0.1:1"), "--workers: expected auto or a whole number from 1 to 64"),
+        (("--workers", "-1", "http://127.0.0.1:1"), "--workers: expected auto or a whole number from 1 to 64"),
+        (("--workers", "many", "http://127.0.0.1:1"), "--workers: expected auto or a whole number from 1 to 64"),
+        (("--workers", "9" * 5000, "http://127.0.0.1:1"), "--workers: expected auto or a whole number from 1 to 64"),
     ],
 )
 def test_serve_names_the_argument_that_is_wrong(arguments: Sequence[str], said: str, served: list[Config]) -> None:
@@ -316,17 +320,9 @@ def test_serve_names_the_argument_that_is_wrong(arguments: Sequence[str], said: 
 
 def test_the_log_has_the_level_of_the_file(monkeypatch: pytest.MonkeyPatch, served: list[Config]) -> None:
     levels: list[str] = []
-    monkeypatch.setattr(cli, "_set_up_log", levels.append)
+    monkeypatch.setattr(cli, "set_up_log", levels.append)
     run("serve", "http://127.0.0.1:1")
     assert levels == [Config().log_level]
-
-
-def test_the_log_goes_to_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(logging, "basicConfig", lambda **arguments: given.update(arguments))
-    cli._set_up_log("warning")
-    assert given["level"] == "WARNING"
-    assert given["stream"] is sys.stderr
 
 
 # demo

@@ -182,8 +182,8 @@ class Fleet:
         self._is_stopping = True
         if self._publishing is not None:
             self._publish_now()
-        leaving = tuple([await link.leave() for link in self])
-        return tuple([await link.leave() for link in successors]), leaving
+        leaving = tuple([await link.leave() for link in self if not link.reap()])
+        return tuple([await link.leave() for link in successors if not link.reap()]), leaving
 
     async def take_over(self, grace_s: float) -> dict[str, int]:
         """Let the serving workers take over from those that are leaving; return what has moved and what has not.
@@ -191,7 +191,7 @@ class Fleet:
         The keys are "moved_" and "left_" with the kinds of `Sender`. What is left goes on in the old workers until it
         ends, or for `grace_s` seconds.
         """
-        await self.accept()
+        await self.ask_all("accept")  # one that has died is replaced, and accepts then
         counts: Counter[str] = Counter()
         for number, old in enumerate([link for link in self.leaving if not link.is_leaving]):
             counts += await self._hand_over(old, self.links[number % len(self.links)], grace_s)
@@ -320,7 +320,12 @@ class Fleet:
         wrong = next((str(one) for link, one in zip(links, answers, strict=True) if _is_refusal(link, one)), None)
         if wrong is not None:
             self.orders = before
-            await self.ask_all("reload", before.write([]))
+            closed = [address for address in before.bound if address not in orders.bound]
+            descriptors = [before.bound[address].fileno() for address in closed]
+            await asyncio.gather(
+                *(link.channel.request("reload", before.write(closed), descriptors) for link in links),
+                return_exceptions=True,
+            )
             raise UsageError(f"a worker cannot work by it: {wrong}")
 
     # What all are told

@@ -65,6 +65,7 @@ class Supervisor:
         self._predecessor = predecessor
         self.signing: tuple[bytes, ...] = ()
         """The secrets: the first signs tokens, all verify them."""
+        self._is_reload_due = False  # it was asked for before anything ran
         self.is_handed_over = False
         """Whether another proxy has taken this one's place."""
         self.notifier = Notifier()
@@ -104,6 +105,8 @@ class Supervisor:
         """Reload, on a signal; the log says what came of it."""
         if self._is_running:
             spawn(self._try(self.reloader.reload()), "reload")
+        else:
+            self._is_reload_due = True
 
     def on_upgrade(self) -> None:
         """Upgrade, on a signal; the log says what came of it."""
@@ -129,6 +132,8 @@ class Supervisor:
             if on_ready is not None:
                 on_ready(self.addresses)
             tune_collector()
+            if self._is_reload_due:
+                self.on_reload()
             self.notifier.ready(f"serving {len(self.config.upstreams)} upstreams")
             await self._stop.wait()
             self.readings.is_ready = False
@@ -203,8 +208,10 @@ class Supervisor:
         before, config = self.config, loaded.config
         opened = self.sockets.open(_addresses(config))
         bound = self.sockets.choose(one.address for one in config.listeners)
-        orders = Orders(loaded, find_secrets(config), bound, count_workers(config))
+        orders = Orders(loaded, self._find_secrets_after(before, config), bound, count_workers(config))
+        certificates = CertificateWatcher(_by_position(config), self._renew)
         try:
+            certificates.make_contexts()
             await self.fleet.reload(orders, [address for address in opened if address in bound])
         except UsageError:
             self.sockets.close(opened)
@@ -212,7 +219,7 @@ class Supervisor:
         self.loaded, self.signing = loaded, orders.secrets
         set_log_level(config.log_level)
         self.routing.reload(config, contexts)
-        await self._replace_certificates()
+        await self._replace_certificates(certificates)
         await self._replace_resolver()
         if config.health != before.health or config.upstreams != before.upstreams:
             await self._replace_prober()
@@ -225,9 +232,14 @@ class Supervisor:
         await self.fleet.published()
         await self.fleet.resize(config.grace_s)
 
-    async def _replace_certificates(self) -> None:
-        former, self.certificates = self.certificates, CertificateWatcher(_by_position(self.config), self._renew)
-        self.certificates.make_contexts()
+    def _find_secrets_after(self, before: Config, config: Config) -> tuple[bytes, ...]:
+        """Return the secrets; those in use stay where nothing is said of them, wherever they came from."""
+        was = before.affinity.secrets, before.affinity.cookie is None, before.state_directory
+        now = config.affinity.secrets, config.affinity.cookie is None, config.state_directory
+        return self.signing if was == now else find_secrets(config)
+
+    async def _replace_certificates(self, certificates: CertificateWatcher) -> None:
+        former, self.certificates = self.certificates, certificates
         self.certificates.reloads = former.reloads
         self.certificates.start()
         await former.stop()

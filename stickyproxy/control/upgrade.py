@@ -26,7 +26,7 @@ from stickyproxy import __version__
 from stickyproxy.control.inheritance import leave
 from stickyproxy.control.messages import PROTOCOL
 from stickyproxy.control.worker_link import Program
-from stickyproxy.errors import UsageError
+from stickyproxy.errors import StickyproxyError, UsageError
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -115,7 +115,11 @@ class Upgrader:
         """Be the new version: let its workers take over from the old ones."""
         supervisor = self._supervisor
         began = time.monotonic()
-        counts = await supervisor.fleet.take_over(supervisor.config.grace_s)
+        try:
+            counts = await supervisor.fleet.take_over(supervisor.config.grace_s)
+        except StickyproxyError as error:  # workers of both versions run: all is served
+            self._fail(str(error))
+            return
         self.status |= {"state": "ok", "to": __version__, "grace_s": supervisor.config.grace_s, **counts}
         self.status["seconds"] = round(time.monotonic() - began, 3)
         self.outcomes["ok"] += 1

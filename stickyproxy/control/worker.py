@@ -18,6 +18,7 @@ from stickyproxy.observe.counters import ACCESS_LOG_DROPPED
 from stickyproxy.proxy.listener import Listener, Role
 from stickyproxy.proxy.plane import Plane
 from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
+from stickyproxy.tasks import spawn
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.frames import GOING_AWAY
 from stickyproxy.wire.head import HeadLimits
@@ -131,7 +132,7 @@ class Worker:
         self.config = config
         self._report_on = report
         self.access_log = _open_access_log(config)
-        self._dropped = 0  # lines of access logs that are closed
+        self._former_logs: list[AccessLog] = []
         self.plane = Plane(
             make_settings(config, connections),
             make_sessions(config, secrets),
@@ -144,8 +145,8 @@ class Worker:
 
     def tick(self) -> None:
         """Show in the counters what the plane does not know."""
-        dropped = 0 if self.access_log is None else self.access_log.dropped
-        self.plane.counters.cells[ACCESS_LOG_DROPPED] = self._dropped + dropped
+        logs = (*self._former_logs, *([] if self.access_log is None else [self.access_log]))
+        self.plane.counters.cells[ACCESS_LOG_DROPPED] = sum(log.dropped for log in logs)
 
     def add_listeners(
         self, bound: Mapping[Address, socket.socket], contexts: Mapping[Address, ssl.SSLContext] | None = None
@@ -157,7 +158,9 @@ class Worker:
         contexts = contexts or {}
         for written in self.config.listeners:
             link = bound.get(written.address)
-            if link is not None:
+            if link is not None and written.address in self.listeners:
+                link.close()  # it is listened on already
+            elif link is not None:
                 role = Role(contexts.get(written.address), written.proxy_protocol, written.redirect_to_https)
                 self.listeners[written.address] = Listener(self.plane, link, written.address, role)
 
@@ -195,8 +198,8 @@ class Worker:
         if config.access_log != self.config.access_log:
             before, self.access_log = self.access_log, _open_access_log(config)
             if before is not None:
-                before.close()
-                self._dropped += before.dropped
+                self._former_logs.append(before)
+                spawn(asyncio.to_thread(before.close), "close the former access log")  # it waits for its reader
             self.plane.log = self.access_log.write if self.access_log is not None else None
         self.config = config
         self.plane.change_settings(make_settings(config, connections))

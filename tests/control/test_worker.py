@@ -1,7 +1,9 @@
 """A worker: the data plane that a configuration asks for, its listeners, and its orderly end."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+import ssl
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -14,12 +16,14 @@ from stickyproxy.affinity.token import Token, TokenCodec
 from stickyproxy.config import Address, Config, load_text
 from stickyproxy.control.routing import Routing
 from stickyproxy.control.worker import Worker, make_sessions, make_settings
+from stickyproxy.errors import UsageError
 from stickyproxy.observe.record import Record
 from stickyproxy.proxy.listener import bind
 from stickyproxy.proxy.settings import Pings, Settings, Timeouts
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
 from tests.helpers.plain_client import AbortedError, PlainClient
+from tests.helpers.supervised import until
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 OFF = float("inf")
@@ -258,7 +262,7 @@ async def running(text: str = "", listen: Address = LOOPBACK) -> AsyncIterator[R
     link = bind(listen)
     link.setblocking(False)
     try:
-        worker.add_listeners({listen: link.dup()})
+        worker.add_listeners({listen: link})
         await worker.accept()
         yield Running(worker, upstream, reported, logged)
     finally:
@@ -267,7 +271,6 @@ async def running(text: str = "", listen: Address = LOOPBACK) -> AsyncIterator[R
         server.close()
         async with asyncio.timeout(DEADLINE_S):
             await server.wait_closed()
-        link.close()
 
 
 async def open_tunnel(worker: Running) -> PlainClient:
@@ -394,6 +397,170 @@ async def test_the_file_of_a_socket_is_not_its_own(tmp_path: Path) -> None:
         await worker.worker.drain(3600)
         await worker.worker.close()
         assert path.exists()
+
+
+async def test_it_accepts_nobody_before_it_is_told_to_and_after_a_pause() -> None:
+    async with running() as worker:
+        port = worker.port
+        worker.worker.pause()
+        async with await PlainClient.connect(port) as client:  # it waits in the queue of the kernel
+            client.send("/")
+            await asyncio.sleep(0.1)
+            assert not worker.upstream.received
+            await worker.worker.accept()
+            assert (await client.receive()).body == b"ok"
+
+
+async def test_it_acts_at_once_on_what_it_finds_dead() -> None:
+    """It does not wait for the control plane to publish it."""
+    async with running() as worker:
+        [before] = worker.worker.plane.snapshot.upstreams
+        worker.worker.plane.report(before.id, HealthEvent.REFUSED)
+        [after] = worker.worker.plane.snapshot.upstreams
+        assert (before.is_refused, after.is_refused) == (False, True)
+        worker.worker.plane.report(before.id, HealthEvent.CONNECTED)
+        assert not worker.worker.plane.snapshot.upstreams[0].is_refused
+        worker.worker.plane.report("removed", HealthEvent.REFUSED)
+        worker.worker.plane.report(before.id, HealthEvent.PROBE_FAILED)
+        assert worker.worker.plane.snapshot.upstreams == (before,)
+        assert [event for _, event in worker.reported] == [
+            HealthEvent.REFUSED,
+            HealthEvent.CONNECTED,
+            HealthEvent.REFUSED,
+            HealthEvent.PROBE_FAILED,
+        ]
+
+
+async def test_the_access_log_has_all_that_was_cut_before_it_ends(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    text = f"access_log: {{path: {log}}}"
+    async with running(text) as worker, await PlainClient.connect(worker.port) as client:
+        assert worker.worker.access_log is not None
+        worker.worker.plane.log = worker.worker.access_log.write
+        client.send("/hold")
+        await asyncio.wait_for(worker.upstream.has_request.wait(), DEADLINE_S)
+        await worker.worker.close()
+    [line] = map(json.loads, log.read_text().splitlines())
+    assert (line["target"], bool(line["error"])) == ("/hold", True)
+
+
+# Reloads
+
+
+def reload(worker: Running, text: str, secrets: Sequence[bytes] = (SECRET,), connections: float = OFF) -> Config:
+    """Let a worker work by its configuration with other sections."""
+    before = worker.worker.config
+    config = load_text(text, {}).model_copy(update={"upstreams": before.upstreams})
+    if "listeners" not in text:
+        config = config.model_copy(update={"listeners": before.listeners})
+    worker.worker.reload(config, secrets, connections=connections, contexts={})
+    return config
+
+
+async def test_open_connections_and_tunnels_stay_through_a_reload() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        await client.ask("/")
+        async with await open_tunnel(worker) as tunnel:
+            listeners = dict(worker.worker.listeners)
+            config = reload(worker, "limits: {body: 5B}", connections=77)
+            assert worker.worker.config is config
+            assert worker.worker.plane.settings == make_settings(config, 77)
+            assert worker.worker.listeners == listeners
+            assert (await client.ask("/")).status == 200
+            assert len(worker.worker.plane.tunnels) == 1
+            worker.worker.plane.close()
+            await tunnel.receive_end()
+
+
+async def test_the_next_request_on_an_open_connection_is_under_the_new_limits() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        assert (await client.ask("/", fields={"X-Long": "x" * 2000})).status == 200
+        reload(worker, "limits: {line: 1KiB, head: 4KiB}")
+        assert (await client.ask("/", fields={"X-Long": "x" * 2000})).status == 431
+
+
+async def test_cookies_of_the_old_secret_and_attributes_are_understood() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        first = await client.ask("/")
+        assert first.cookie is not None
+        reload(worker, "affinity: {cookie: {same_site: strict}}", [b"new" + SECRET, SECRET])
+        fields = {"Cookie": first.cookie}
+        assert (await client.ask("/", fields=fields)).cookie is None  # understood: it need not be set anew
+        another = await client.ask("/")
+        assert "SameSite=Strict" in another.fields["set-cookie"]
+        reload(worker, "", [b"new" + SECRET])
+        assert (await client.ask("/", fields=fields)).cookie is not None  # it is a stranger's now
+        assert (await client.ask("/", fields={"Cookie": str(another.cookie)})).cookie is None
+
+
+async def test_a_session_counts_on_through_a_reload() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        cookie = str((await client.ask("/")).cookie)
+        await client.ask("/", fields={"Cookie": cookie})
+        sessions = worker.worker.plane.sessions
+        assert sum(sessions.counts.values()) == 1
+        reload(worker, "affinity: {session_idle: 1h}")
+        assert worker.worker.plane.sessions is sessions
+        assert sum(sessions.counts.values()) == 1
+
+
+async def test_a_listener_that_is_removed_is_closed_and_one_that_is_added_accepts() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as client:
+        await client.ask("/")
+        port, link = worker.port, bind(LOOPBACK)
+        added = Address("127.0.0.1", link.getsockname()[1])
+        link.setblocking(False)
+        reload(worker, f"listeners: [{{address: '{added}', redirect_to_https: true}}]")
+        with pytest.raises(ConnectionRefusedError):
+            await PlainClient.connect(port)
+        worker.worker.add_listeners({added: link})
+        await worker.worker.accept()
+        assert list(worker.worker.listeners) == [added]
+        async with await PlainClient.connect(worker.port) as other:
+            assert (await other.ask("/")).status in {307, 308}
+        assert (await client.ask("/")).status == 200  # of the listener that is gone
+
+
+async def test_a_listener_that_stays_changes_its_role() -> None:
+    async with running() as worker, await PlainClient.connect(worker.port) as before:
+        await before.ask("/")
+        [written] = worker.worker.config.listeners
+        reload(worker, f"listeners: [{{address: '{written.address}', redirect_to_https: true}}]")
+        async with await PlainClient.connect(worker.port) as client:
+            assert (await client.ask("/")).status in {307, 308}
+
+
+async def test_another_access_log_is_begun_and_the_former_is_whole(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    async with running(f"access_log: {{path: {first}}}") as worker, await PlainClient.connect(worker.port) as client:
+        assert worker.worker.access_log is not None
+        worker.worker.plane.log = worker.worker.access_log.write
+        await client.ask("/first")
+        reload(worker, f"access_log: {{path: {second}}}")
+        await client.ask("/second")
+        reload(worker, "access_log: false")
+        await client.ask("/third")
+        assert worker.worker.access_log is None
+        for log, target in ((first, "/first"), (second, "/second")):  # closed in a thread: it may wait for its reader
+            await until(log.read_text, f"a line in {log}")
+            assert [json.loads(line)["target"] for line in log.read_text().splitlines()] == [target]
+
+
+async def test_an_access_log_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
+    async with running(f"access_log: {{path: {tmp_path}/access.log}}") as worker:
+        before = worker.worker.config, worker.worker.access_log, worker.worker.plane.settings
+        with pytest.raises(UsageError, match="nowhere"):
+            reload(worker, f"limits: {{body: 5B}}\naccess_log: {{path: {tmp_path}/nowhere/access.log}}")
+        assert (worker.worker.config, worker.worker.access_log, worker.worker.plane.settings) == before
+
+
+async def test_a_renewed_context_is_for_new_connections(tmp_path: Path) -> None:
+    async with running() as worker:
+        [(address, listener)] = worker.worker.listeners.items()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        worker.worker.renew(address, context)
+        assert listener.role.tls is context
+        worker.worker.renew(Address("127.0.0.1", 1), context)  # one that is gone
 
 
 class Held:

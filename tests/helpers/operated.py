@@ -1,0 +1,377 @@
+"""A proxy that is operated while clients hold connections: apps in the test's own loop, commands, and trees of code.
+
+What a proxy does with its clients' connections is seen from both ends: by raw clients, and by apps that wait for the
+test before they answer.
+"""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client.parser import text_string_to_metric_families
+from typing_extensions import override
+
+from tests.bench.operations.tree import session_of, workers_of
+from tests.helpers.plain_client import PlainClient, ask
+from tests.helpers.processes import HTTP, WAIT_TIMEOUT_S, Children
+from tests.helpers.serving import REPOSITORY, Serving
+from tests.helpers.supervised import DEADLINE_S, HANDSHAKE, SECRET, Tunnel, until
+
+_COMMAND_S = 150.0
+_CLOSE = 0x88
+
+
+class GatedApp:
+    """An app that waits for the test. `ids` counts what came by `X-Id`, `forwarded` holds the last X-Forwarded-For.
+
+    `/hold` is answered when `gate` is set, `/events` sends what `emit` is given until that is None, `/ws` echoes, a
+    body is answered with its length and its digest, and everything else with the name of the app.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.port = 0
+        self.gate = asyncio.Event()
+        self.ids: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()  # requests under way, by path
+        self.forwarded = ""
+        self._events: list[asyncio.Queue[bytes | None]] = []
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def upstream(self) -> dict[str, Any]:
+        """The app as an upstream of a file."""
+        return {"id": self.name, "url": f"http://127.0.0.1:{self.port}"}
+
+    async def start(self) -> Self:
+        """Begin to listen."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def stop(self) -> None:
+        """Refuse connections, and end those that are open."""
+        self.gate.set()
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def emit(self, data: bytes | None) -> None:
+        """Send an event to all that listen to events; None ends their responses."""
+        for queue in self._events:
+            queue.put_nowait(data)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while await self._answer(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        path = head.split(" ")[1]
+        pairs = [line.partition(": ") for line in head.split("\r\n")[1:]]
+        fields = {name.lower(): value for name, _, value in pairs}
+        if "x-id" in fields:
+            self.ids[fields["x-id"]] += 1
+        self.forwarded = fields.get("x-forwarded-for", self.forwarded)
+        self.waiting[path] += 1
+        try:
+            return await self._respond(path, fields, reader, writer)
+        finally:
+            self.waiting[path] -= 1
+
+    async def _respond(
+        self, path: str, fields: dict[str, str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        if path == "/ws":
+            writer.write(
+                b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                b"X-App: " + self.name.encode() + b"\r\n\r\n"
+            )
+            await _echo(reader, writer)
+            return False
+        if path == "/events":
+            await self._send_events(writer)
+            return True
+        body = self.name.encode()
+        if "content-length" in fields:
+            received = await reader.readexactly(int(fields["content-length"]))
+            body = describe_body(received)
+        if path == "/hold":
+            await self.gate.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        return True
+
+    async def _send_events(self, writer: asyncio.StreamWriter) -> None:
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._events.append(queue)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while (data := await queue.get()) is not None:
+            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+        writer.write(b"0\r\n\r\n")
+
+
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send back the short masked frames that come, unmasked; the Close frame is the last."""
+    opcode = 0
+    while opcode != _CLOSE:
+        opcode, size = await reader.readexactly(2)
+        mask, masked = await reader.readexactly(4), await reader.readexactly(size & 0x7F)
+        payload = bytes(byte ^ mask[at % 4] for at, byte in enumerate(masked))
+        writer.write(bytes((opcode, len(payload))) + payload)
+
+
+def describe_body(body: bytes) -> bytes:
+    """Return what an app says of a body that it received."""
+    return f"{len(body)} {hashlib.sha256(body).hexdigest()}".encode()
+
+
+class Tree:
+    """A copy of the package that a test changes: what an installation finds there is another version.
+
+    The text that is put in has another length, so that no compiled file is taken for the changed one's.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        shutil.copytree(REPOSITORY / "stickyproxy", root / "stickyproxy")
+
+    def _path(self, name: str) -> Path:
+        return self.root / "stickyproxy" / name
+
+    def replace(self, name: str, old: str, new: str) -> None:
+        """Put `new` in place of `old`, which the file must hold exactly once."""
+        text = self._path(name).read_text()
+        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+        self._path(name).write_text(text.replace(old, new))
+
+    def add(self, name: str, text: str) -> None:
+        """Add text to the end of a file."""
+        with self._path(name).open("a") as file:
+            file.write(text)
+
+    def mend(self, name: str) -> None:
+        """Put a file back to what it was copied from."""
+        shutil.copy2(REPOSITORY / "stickyproxy" / name, self._path(name))
+
+    def name_version(self, version: str) -> None:
+        """Let the package be of another version."""
+        self._path("__init__.py").write_text(f'"""Another version of stickyproxy."""\n\n__version__ = "{version}"\n')
+
+
+class Proxy:
+    """A `stickyproxy serve` with sockets for commands and for hand-over, run from a tree of code."""
+
+    def __init__(self, serving: Serving, directory: Path, root: Path, name: str) -> None:
+        self._serving = serving
+        self._root = root
+        self.child = serving.child
+        self.port = serving.port
+        self.control, self.hand_over = directory / f"{name}.c", directory / f"{name}.h"
+        self.file = serving.home.parent / f"{name}.yaml"
+        self.access_log = serving.home.parent / f"{name}.access.log"
+
+    @property
+    def pid(self) -> int:
+        """The process id of the supervisor."""
+        return self.child.pid
+
+    @property
+    def log(self) -> str:
+        """Everything that it has printed so far."""
+        return self._serving.log
+
+    @property
+    def workers(self) -> set[int]:
+        """The process ids of all its workers."""
+        return workers_of(self.pid)
+
+    @property
+    def processes(self) -> set[int]:
+        """The process ids of everything that it has left, itself included."""
+        return session_of(self.pid)
+
+    async def serving(self) -> Self:
+        """Wait until it accepts clients."""
+        await asyncio.to_thread(self._serving.wait_until_serving)
+        return self
+
+    async def logged(self, text: str) -> None:
+        """Wait until it has printed a text."""
+        await asyncio.to_thread(self._serving.wait_for_log, text)
+
+    async def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run `stickyproxy WORDS --control PATH` to its end."""
+        arguments = [sys.executable, "-m", "stickyproxy", *words, "--control", str(self.control)]
+        return await asyncio.to_thread(
+            subprocess.run,
+            arguments,
+            env={**os.environ, "PYTHONPATH": str(self._root)},
+            cwd=self._serving.home,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_S,
+            check=False,
+        )
+
+    async def upgrade(self) -> str:
+        """Upgrade, and return what the command says, which must succeed."""
+        before = self.pid
+        done = await self.command("upgrade")
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}{self.log}"
+        assert self.child.is_running()
+        assert self.child.pid == before
+        return done.stdout
+
+    async def fail_to_upgrade(self) -> str:
+        """Ask for an upgrade that must fail, and return the reason."""
+        done = await self.command("upgrade")
+        assert (done.returncode, done.stdout) == (1, ""), f"{done.stdout}{done.stderr}{self.log}"
+        return done.stderr
+
+    async def replaced(self, before: set[int]) -> None:
+        """Wait until none of some processes is left."""
+        await until(lambda: not before & self.processes, f"{before} are gone")
+
+    async def get(self, path: str) -> str:
+        """Return what the admin listener answers."""
+
+        def read() -> str:
+            with HTTP.open(f"http://127.0.0.1:{self._serving.admin_port}{path}", timeout=WAIT_TIMEOUT_S) as response:
+                return str(response.read().decode())
+
+        return await asyncio.to_thread(read)
+
+    async def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Return all samples of the metrics, by name and labels."""
+        families = text_string_to_metric_families(await self.get("/metrics"))
+        return {
+            (sample.name.removeprefix("stickyproxy_"), tuple(sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the samples of a name that have these labels; 0 if there is none."""
+        return sum(
+            value
+            for (found, pairs), value in (await self.samples()).items()
+            if found == name and labels.items() <= dict(pairs).items()
+        )
+
+    async def connect(self, *, context: ssl.SSLContext | None = None, port: int | None = None) -> PlainClient:
+        """Connect, over TLS where a context is given."""
+        async with asyncio.timeout(DEADLINE_S):
+            name = None if context is None else "localhost"
+            where = port or self.port
+            return PlainClient(*await asyncio.open_connection("127.0.0.1", where, ssl=context, server_hostname=name))
+
+    async def ask(self, path: str = "/", *, cookie: str | None = None) -> tuple[int, bytes]:
+        """Ask over a connection of its own; return status and body."""
+        answer = await ask(self.port, path, fields={} if cookie is None else {"Cookie": cookie})
+        return answer.status, answer.body
+
+    async def stop(self) -> None:
+        """Stop it as an operator does; it must end in order and leave nothing."""
+        os.kill(self.pid, signal.SIGTERM)
+        assert await asyncio.to_thread(self.child.wait, DEADLINE_S) == 0, self.log
+        await until(lambda: not self.processes, "no process of it is left")
+        assert "Traceback" not in self.log, self.log
+
+    @override
+    def __repr__(self) -> str:
+        return repr(self.child)
+
+
+async def open_tunnel(client: PlainClient, cookie: str | None = None) -> Tunnel:
+    """Make a tunnel of a connection."""
+    client.send("/ws", fields=HANDSHAKE | ({} if cookie is None else {"Cookie": cookie}))
+    async with asyncio.timeout(DEADLINE_S):
+        status, fields = await client.receive_head()
+    assert status == 101
+    return Tunnel(client, fields)
+
+
+class Stage:
+    """Everything that one test runs: apps, proxies, and a directory whose path is short enough for sockets."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.apps: list[GatedApp] = []
+        self._proxies: list[Proxy] = []
+        self._children = Children(directory)
+        self._short = tempfile.TemporaryDirectory(prefix="sp-")
+        self.short = Path(self._short.name)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        for app in self.apps:
+            app.stop()
+        if error is not None:
+            for proxy in self._proxies:
+                print(f"--- {proxy!r}\n{proxy.log}")
+        await asyncio.to_thread(self._children.__exit__, None, None, None)
+        for proxy in self._proxies:  # of the sessions that these processes led, nobody else's
+            for one in proxy.processes:
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGKILL)
+        self._short.cleanup()
+
+    async def app(self, name: str = "app") -> GatedApp:
+        """Start an app."""
+        app = await GatedApp(name).start()
+        self.apps.append(app)
+        return app
+
+    def tree(self, name: str = "tree") -> Tree:
+        """Return a copy of the package."""
+        return Tree(self.directory / name)
+
+    def begin(
+        self, *apps: GatedApp, name: str = "proxy", tree: Tree | None = None, options: Sequence[str] = (), **more: Any
+    ) -> Proxy:
+        """Start a proxy in front of apps, of two workers; `more` are sections of its file."""
+        root = REPOSITORY if tree is None else tree.root
+        sections: dict[str, Any] = {
+            "upstreams": [app.upstream for app in apps],
+            "workers": 2,
+            "grace": "30s",
+            "affinity": {"secrets": [SECRET]},
+            "control": str(self.short / f"{name}.c"),
+            "hand_over": str(self.short / f"{name}.h"),
+            "access_log": {"path": str(self.directory / f"{name}.access.log")},
+        }
+        serving = Serving(
+            self._children, {**sections, **more}, name=name, options=options, env={"PYTHONPATH": str(root)}
+        )
+        proxy = Proxy(serving, self.short, root, name)
+        self._proxies.append(proxy)
+        return proxy
+
+    async def serve(self, *apps: GatedApp, **more: Any) -> Proxy:
+        """Start a proxy as `begin` does, and wait until it serves."""
+        return await self.begin(*apps, **more).serving()
