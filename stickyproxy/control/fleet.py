@@ -40,6 +40,7 @@ _BACK_OFF_S: Final = (0.0, 0.1, 0.5, 2.0, 5.0)  # before a worker that ends agai
 _STABLE_S: Final = 30.0
 _HAND_OVER_S: Final = 120.0  # for a worker to move all that can move at once; 10,000 tunnels take some 2 s
 _HAND_OVER_TRIES: Final = 3
+_ARRIVE_S: Final = 10.0  # for a worker to be ready for what another one gives it
 _RETRY_S: Final = 1.0
 
 
@@ -86,6 +87,7 @@ class Fleet:
         self._snapshot: dict[str, Any] | None = None
         self._publishing: asyncio.TimerHandle | None = None
         self._is_stopping = False
+        self._replacing: set[WorkerLink] = set()  # those that start in place of others
         self._started_at: dict[int, float] = {}
         self._failures: dict[int, int] = {}
 
@@ -142,10 +144,14 @@ class Fleet:
             os.set_inheritable(inherited.board, False)
             self.board.close()
             self.board = Board(inherited.board)
-        self.links = [self._adopt(state) for state in inherited.serving]
-        self.leaving = [self._adopt(state) for state in inherited.leaving]
+        self.links = self._adopt_all(inherited.serving)
+        self.leaving = self._adopt_all(inherited.leaving)
         self.totals = Totals.from_json(inherited.totals)
         self.restarts = int(inherited.counts.get("restarts", 0))
+
+    def _adopt_all(self, states: Sequence[WorkerState]) -> list[WorkerLink]:
+        """Return those that live."""
+        return [link for link in map(self._adopt, states) if not link.ended.done()]
 
     def _adopt(self, state: WorkerState) -> WorkerLink:
         os.set_inheritable(state.table, False)
@@ -164,24 +170,35 @@ class Fleet:
 
     async def start_successors(self, program: Program) -> list[WorkerLink]:
         """Start workers of another version, and return them; raise UsageError, with none left, where one cannot."""
-        links = [self._launch(index, program) for index in range(self.orders.workers)]
         self.next_board = Board.create()  # the old ones have the same places on theirs
         try:
-            await asyncio.gather(*(self._prepare(link, self.next_board) for link in links))
-        except ChannelError as error:
-            for link in links:
-                link.is_leaving = True
-                link.kill()
-            self.next_board.close()
+            for index in range(self.orders.workers):
+                self.successors.append(self._launch(index, program))
+            await asyncio.gather(*(self._prepare(link, self.next_board) for link in self.successors))
+        except (ChannelError, OSError) as error:
+            self.drop_successors()
             raise UsageError(f"a worker of the new version cannot start: {error}") from error
-        self.successors = links
-        return links
+        return self.successors
+
+    def drop_successors(self) -> None:
+        """End those that were to serve."""
+        successors, self.successors = self.successors, []
+        for link in successors:
+            link.is_leaving = True
+            link.kill()
+        if self.next_board is not None:
+            self.next_board.close()
+            self.next_board = None
 
     async def leave(self, successors: Sequence[WorkerLink]) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
         """Part from all workers without ending them; return the successors, and those that they take over from."""
         self._is_stopping = True
         if self._publishing is not None:
             self._publish_now()
+        for link in tuple(self._replacing):  # the other image would not know them
+            link.is_leaving = True
+            link.kill()
+            await link.ended
         leaving = tuple([await link.leave() for link in self if not link.reap()])
         return tuple([await link.leave() for link in successors if not link.reap()]), leaving
 
@@ -189,30 +206,55 @@ class Fleet:
         """Let the serving workers take over from those that are leaving; return what has moved and what has not.
 
         The keys are "moved_" and "left_" with the kinds of `Sender`. What is left goes on in the old workers until it
-        ends, or for `grace_s` seconds.
+        ends, or for `grace_s` seconds; "failed" counts the workers that could not hand over and serve as before.
         """
-        await self.ask_all("accept")  # one that has died is replaced, and accepts then
+        await self._accept_adopted()
         counts: Counter[str] = Counter()
-        for number, old in enumerate([link for link in self.leaving if not link.is_leaving]):
-            counts += await self._hand_over(old, self.links[number % len(self.links)], grace_s)
+        for number, old in enumerate(tuple(self.leaving)):
+            counts += await self._hand_over(old, number, grace_s)
         return dict(counts)
 
-    async def _hand_over(self, old: WorkerLink, new: WorkerLink, grace_s: float) -> Counter[str]:
-        """Let one worker give its connections to another; it goes on serving them itself where that fails."""
-        old.is_leaving = True
-        for left in range(_HAND_OVER_TRIES, 0, -1):
+    async def _accept_adopted(self) -> None:
+        """Let all workers accept; another one comes in place of a worker that does not, or that is gone already."""
+        for link, answer in await self._ask_each("accept"):
+            if isinstance(answer, Exception) and not link.ended.done():
+                logger.error("worker %d (pid %d) does not accept: killed", link.index, link.process_id)
+                link.kill()
+        try:
+            await self.resize(0.0)
+        except UsageError as error:
+            logger.error("there are fewer workers than there should be: %s", error)  # noqa: TRY400 -- as above
+
+    async def _hand_over(self, old: WorkerLink, number: int, grace_s: float) -> Counter[str]:
+        """Let one worker give its connections to another, the `number`-th; where that fails it goes on as before.
+
+        One that had handed over already, and finishes what could not move, gives that to another worker.
+        """
+        was_leaving, old.is_leaving = old.is_leaving, True
+        for attempt in range(_HAND_OVER_TRIES):
+            if attempt:
+                await asyncio.sleep(_RETRY_S)
+            alive = [link for link in self.links if link.is_ready and not link.ended.done()]
+            if not alive:
+                continue
+            new = alive[(number + attempt) % len(alive)]
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with ours, theirs:
                 try:
-                    await new.channel.request("arrive", {}, [ours.fileno()])
+                    await new.channel.request("arrive", {}, [ours.fileno()], timeout_s=_ARRIVE_S)
+                except ChannelError as error:
+                    logger.error("worker %d (pid %d) cannot take over: %s", new.index, new.process_id, error)  # noqa: TRY400
+                    continue
+                try:
                     return Counter(await self._depart(old, [theirs.fileno()], grace_s))
                 except ChannelError as error:
                     logger.error("worker %d (pid %d) cannot hand over: %s", old.index, old.process_id, error)  # noqa: TRY400
-                    if left == 1 or old.ended.done():
+                    if old.ended.done() or was_leaving:
+                        break
+                    if isinstance(error.__cause__, TimeoutError):  # it may still do what it was asked for
                         return Counter(failed=1)
-                    await asyncio.sleep(_RETRY_S)
-                    new = next((link for link in self.links if link.is_ready), new)
-        return Counter(failed=1)
+        old.is_leaving = was_leaving
+        return Counter() if was_leaving else Counter(failed=1)
 
     async def _depart(self, old: WorkerLink, descriptors: Sequence[int], grace_s: float) -> dict[str, int]:
         answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=_HAND_OVER_S)
@@ -259,7 +301,7 @@ class Fleet:
         while len(self.links) > self.orders.workers:
             old = self.links.pop()
             self.leaving.append(old)
-            await self._hand_over(old, self.links[0], grace_s)
+            await self._hand_over(old, 0, grace_s)
 
     # When a worker ends
 
@@ -288,6 +330,7 @@ class Fleet:
             await asyncio.sleep(_BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)])
             failures = self._failures[index] = failures + 1
             link = self._launch(index)
+            self._replacing.add(link)
             try:
                 await self._prepare(link)
                 await link.channel.request("accept")
@@ -296,6 +339,8 @@ class Fleet:
                 link.is_leaving = True
                 link.kill()
                 continue
+            finally:
+                self._replacing.discard(link)
             if gone in self.links and not self._is_stopping:
                 self.links[self.links.index(gone)] = link
                 logger.info("worker %d is back (pid %d)", index, link.process_id)
@@ -357,6 +402,7 @@ class Fleet:
             slot = self._slots[digest] = next(free)
             self.board.clear_slot(slot)  # what a former image of this process had there
         self._show_sessions()
+        self.totals.keep({one.digest for one in snapshot.upstreams})
         return self._slots
 
     def _show_sessions(self) -> None:
@@ -373,14 +419,17 @@ class Fleet:
         self, kind: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 30.0
     ) -> list[Message | Exception]:
         """Ask each serving worker for something; return the answers, or why there is none."""
-        return await asyncio.gather(
-            *(
-                link.channel.request(kind, dict(body or {}), timeout_s=timeout_s)
-                for link in self.links
-                if link.is_ready
-            ),
+        return [answer for _, answer in await self._ask_each(kind, body, timeout_s=timeout_s)]
+
+    async def _ask_each(
+        self, kind: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 30.0
+    ) -> list[tuple[WorkerLink, Message | Exception]]:
+        links = [link for link in self.links if link.is_ready]
+        answers = await asyncio.gather(
+            *(link.channel.request(kind, dict(body or {}), timeout_s=timeout_s) for link in links),
             return_exceptions=True,
-        )  # type: ignore[return-value]  # exceptions of other kinds are not swallowed by gather
+        )
+        return list(zip(links, answers, strict=True))  # type: ignore[arg-type]  # gather swallows no other exceptions
 
     # The end
 
@@ -397,7 +446,7 @@ class Fleet:
         self._is_stopping = True
         if self._publishing is not None:
             self._publishing.cancel()
-        links = tuple(self)
+        links = (*self, *self.successors)
         for link in links:
             link.is_leaving = True
             link.channel.send("stop")

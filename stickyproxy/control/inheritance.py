@@ -17,11 +17,14 @@ from stickyproxy import __version__
 from stickyproxy.config import Loaded
 from stickyproxy.control.messages import PROTOCOL, read_address, write_address
 from stickyproxy.errors import ChannelError, UsageError
+from stickyproxy.observe.counters import ProbeCounters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
     from stickyproxy.config import Address
+    from stickyproxy.control.supervisor import Supervisor
+    from stickyproxy.observe.counters import Histogram
 
 _VARIABLE: Final = "STICKYPROXY_INHERITED"
 _MAX_BYTES: Final = 256 * 1024 * 1024
@@ -139,6 +142,41 @@ class Inheritance:
         workers = [one for worker in (*self.serving, *self.leaving) for one in (worker.channel, worker.table)]
         board = [] if self.board is None else [self.board]
         return [*self.sockets.values(), *self.private.values(), *board, *workers]
+
+
+def export_counts(supervisor: Supervisor) -> dict[str, Any]:
+    """Return what the parts of a supervisor have counted, as JSON, for another image of it."""
+    return {
+        "probes": {
+            upstream_id: {"outcomes": dict(one.outcomes), "duration": _write_histogram(one.duration)}
+            for upstream_id, one in supervisor.prober.counters.items()
+        },
+        "lookups": dict(supervisor.resolver.lookups),
+        "certificate_reloads": dict(supervisor.certificates.reloads),
+        "loop_lag": _write_histogram(supervisor.readings.loop_lag.histogram),
+    }
+
+
+def restore_counts(supervisor: Supervisor, counts: Mapping[str, Any]) -> None:
+    """Let the parts of a supervisor count on from what another image of it had counted."""
+    for upstream_id, written in counts.get("probes", {}).items():
+        counters = supervisor.prober.counters.setdefault(upstream_id, ProbeCounters())
+        counters.outcomes.update({name: written["outcomes"].get(name, 0) for name in counters.outcomes})
+        _add_histogram(counters.duration, written["duration"])
+    supervisor.resolver.lookups.update(counts.get("lookups", {}))
+    supervisor.certificates.reloads.update(counts.get("certificate_reloads", {}))
+    _add_histogram(supervisor.readings.loop_lag.histogram, counts.get("loop_lag", {}))
+
+
+def _write_histogram(histogram: Histogram) -> dict[str, Any]:
+    return {"bounds": list(histogram.bounds), "counts": histogram.counts, "total_s": histogram.total_s}
+
+
+def _add_histogram(histogram: Histogram, written: Mapping[str, Any]) -> None:
+    """Add what `_write_histogram` wrote; nothing, where another version had other bounds."""
+    if written.get("bounds") == list(histogram.bounds):
+        histogram.counts = [one + more for one, more in zip(histogram.counts, written["counts"], strict=True)]
+        histogram.total_s += written["total_s"]
 
 
 def leave(inheritance: Inheritance, *, is_check: bool) -> tuple[int, dict[str, str]]:

@@ -53,9 +53,18 @@ class Reloader:
         self.outcomes.update(counts.get("reloads", {}))
         self.succeeded_at = float(counts.get("reloaded_at", self.succeeded_at))
 
+    async def finish(self) -> None:
+        """Wait for the end of a reload that is under way."""
+        async with self._one_at_a_time:
+            pass
+
     async def reload(self) -> tuple[Change, ...]:
         """Reload, and return what has changed; raise UsageError, with nothing changed, where something is wrong."""
         async with self._one_at_a_time:
+            if self._supervisor.upgrader.is_running:  # the new workers have been told of the configuration
+                raise UsageError("an upgrade is under way: reload after it")
+            if self._supervisor.is_handing_over:
+                raise UsageError("another proxy is taking over")
             notifier = self._supervisor.notifier
             notifier.reloading()
             try:

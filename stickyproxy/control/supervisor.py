@@ -16,7 +16,7 @@ from stickyproxy.control.admin.auth import admit_same_user, make_guard
 from stickyproxy.control.admin.commands import Commands
 from stickyproxy.control.certificates import CertificateWatcher, make_upstream_contexts
 from stickyproxy.control.fleet import Fleet, Orders
-from stickyproxy.control.inheritance import Inheritance, open_socket
+from stickyproxy.control.inheritance import Inheritance, export_counts, open_socket, restore_counts
 from stickyproxy.control.messages import write_address
 from stickyproxy.control.probe import Prober
 from stickyproxy.control.process import count_workers, set_log_level, tune_collector
@@ -29,7 +29,7 @@ from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.control.sockets import Sockets
 from stickyproxy.control.systemd import Notifier, Watchdog, match, take_listeners
 from stickyproxy.control.takeover import HandOverListener, Predecessor
-from stickyproxy.control.upgrade import HELD_SIGNALS, Upgrader, describe
+from stickyproxy.control.upgrade import HELD_SIGNALS, Upgrader, describe, keep_signals_from_threads
 from stickyproxy.errors import UsageError
 from stickyproxy.tasks import spawn
 
@@ -65,7 +65,7 @@ class Supervisor:
         self._predecessor = predecessor
         self.signing: tuple[bytes, ...] = ()
         """The secrets: the first signs tokens, all verify them."""
-        self._is_reload_due = False  # it was asked for before anything ran
+        self._is_reload_due = inherited is not None and bool(inherited.counts.get("is_reload_due"))
         self.is_handed_over = False
         """Whether another proxy has taken this one's place."""
         self.notifier = Notifier()
@@ -102,11 +102,23 @@ class Supervisor:
         self._stop.set()
 
     def on_reload(self) -> None:
-        """Reload, on a signal; the log says what came of it."""
-        if self._is_running:
-            spawn(self._try(self.reloader.reload()), "reload")
+        """Reload, on a signal, now or once it can be; the log says what came of it."""
+        if self._is_running and not self.upgrader.is_running and not self.is_handing_over:
+            spawn(self._reload(), "reload")
         else:
             self._is_reload_due = True
+
+    async def _reload(self) -> None:
+        try:
+            await self.reloader.reload()
+        except UsageError:  # it has been logged
+            self._is_reload_due |= self.upgrader.is_running or self.is_handing_over
+
+    def on_free(self) -> None:
+        """Reload now, where that had to wait."""
+        is_due, self._is_reload_due = self._is_reload_due, False
+        if is_due:
+            self.on_reload()
 
     def on_upgrade(self) -> None:
         """Upgrade, on a signal; the log says what came of it."""
@@ -117,6 +129,16 @@ class Supervisor:
     async def _try(command: Coroutine[Any, Any, object]) -> None:
         with suppress(UsageError):  # it has been logged
             await command
+
+    @property
+    def is_stopping(self) -> bool:
+        """Say whether it was told to stop."""
+        return self._stop.is_set()
+
+    @property
+    def is_handing_over(self) -> bool:
+        """Say whether another proxy is taking over."""
+        return self._hand_over is not None and self._hand_over.is_busy
 
     @property
     def _is_running(self) -> bool:
@@ -132,8 +154,7 @@ class Supervisor:
             if on_ready is not None:
                 on_ready(self.addresses)
             tune_collector()
-            if self._is_reload_due:
-                self.on_reload()
+            self.on_free()
             self.notifier.ready(f"serving {len(self.config.upstreams)} upstreams")
             await self._stop.wait()
             self.readings.is_ready = False
@@ -169,6 +190,7 @@ class Supervisor:
             await asyncio.gather(self.fleet.start(), self.resolver.start())
         else:
             self.reloader.restore(inherited.counts)
+            restore_counts(self, inherited.counts)
             await self.resolver.start()
         self.prober.start()
         stack.push_async_callback(self._stop_admin)
@@ -198,7 +220,7 @@ class Supervisor:
 
     async def _on_file_change(self) -> None:
         if self.config.reload_on_change:
-            await self._try(self.reloader.reload())
+            self.on_reload()
 
     async def apply(self, loaded: Loaded, contexts: dict[str, ssl.SSLContext]) -> None:
         """Work by another configuration; raise UsageError, with nothing changed, where a part cannot.
@@ -291,7 +313,8 @@ class Supervisor:
             self.sockets.adopt(lent, is_lent=True)
             return
         if self._predecessor is not None:
-            self.sockets.adopt(self._predecessor.choose_sockets(addresses))
+            # The files of Unix sockets are the other proxy's until it has handed over.
+            self.sockets.adopt(self._predecessor.choose_sockets(addresses), is_lent=True)
         wanted = [address for address in addresses if address not in self.sockets]
         self.sockets.adopt(match(wanted, take_listeners()), is_lent=True)
 
@@ -308,6 +331,7 @@ class Supervisor:
 
     async def _take_over(self, predecessor: Predecessor) -> None:
         counts = await predecessor.hand_over(self.fleet, self.config.grace_s)
+        self.sockets.adopt(predecessor.sockets)
         status = {"grace_s": self.config.grace_s, **counts}
         logger.info("took over from a proxy of version %s: %s", predecessor.version, describe(status))
 
@@ -382,7 +406,13 @@ class Supervisor:
             board=None if self.fleet.next_board is None else self.fleet.next_board.descriptor,
             routing=self.routing.export(),
             totals=self.fleet.totals.to_json(),
-            counts={"restarts": self.fleet.restarts, **self.reloader.export(), **self.upgrader.export()},
+            counts={
+                "restarts": self.fleet.restarts,
+                "is_reload_due": self._is_reload_due,
+                **export_counts(self),
+                **self.reloader.export(),
+                **self.upgrader.export(),
+            },
             serving=serving,
             leaving=leaving,
         )
@@ -417,6 +447,8 @@ class Supervisor:
             "stopping: %d connections and %d tunnels are open, and have %g s to end", connections, tunnels, grace_s
         )
         draining = spawn(self.fleet.drain(grace_s), "drain")
+        await asyncio.sleep(0)  # the workers are told; from here on who connects is refused, and does not wait in vain
+        self.sockets.close([one.address for one in self.config.listeners])
         at_once = spawn(self._stop_now.wait(), "second signal")
         await asyncio.wait((draining, at_once), return_when=asyncio.FIRST_COMPLETED)
         for task in (draining, at_once):
@@ -452,6 +484,7 @@ async def serve(
 
     `take_over` is the hand-over socket of the proxy whose place it takes. Raises UsageError where it cannot start.
     """
+    await keep_signals_from_threads()
     predecessor = None if take_over is None else await Predecessor.find(take_over)
     if take_over is not None and predecessor is None:
         logger.warning("nobody listens at %s: there is nobody to take over from", take_over)

@@ -8,6 +8,7 @@ predecessor can go on: where the successor is gone before, it replaces the worke
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections import Counter
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CONNECT_S: Final = 5.0
+_SILENT_S: Final = 10.0  # for whoever has connected to say what it wants
+_TRIES: Final = 3  # for each worker
+_RETRY_S: Final = 1.0
+_LOOK_S: Final = 0.1
 _HAND_OVER_S: Final = 120.0  # for one worker to move all that can move
 
 
@@ -46,7 +51,16 @@ class HandOverListener:
         self._supervisor = supervisor
         self._link = link
         self._successor: Channel | None = None
+        self._has_state = False  # the successor may begin to take over
+        self._departing: set[asyncio.Task[None]] = set()
+        self._restoring: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(link.fileno(), self._accept)
+
+    @property
+    def is_busy(self) -> bool:
+        """Say whether a proxy is taking over, or workers come back because one did not."""
+        is_restoring = self._restoring is not None and not self._restoring.done()
+        return is_restoring or (self._has_state and self._successor is not None and not self._successor.is_closed)
 
     def close(self) -> None:
         """Wait for nobody any more."""
@@ -66,11 +80,21 @@ class HandOverListener:
             link.close()
             return
         logger.info("process %d asks to take over", peer.pid)
-        self._successor = Channel(link, self._on_message, self._on_lost)
+        self._has_state = False
+        self._successor = channel = Channel(link, self._on_message, self._on_lost)
+        asyncio.get_running_loop().call_later(_SILENT_S, self._drop_silent, channel)
+
+    def _drop_silent(self, channel: Channel) -> None:
+        if channel is self._successor and not self._has_state and not channel.is_closed:
+            logger.warning("hand-over refused: nothing was asked for within %g s", _SILENT_S)
+            channel.close()
 
     def _on_message(self, message: Message) -> None:
         message = Message(message.kind, message.body, message.take_descriptors(), message.number)
-        spawn(self._handle(message), "hand over")
+        task = spawn(self._handle(message), "hand over")
+        if message.kind == "depart":
+            self._departing.add(task)
+            task.add_done_callback(self._departing.discard)
 
     async def _handle(self, message: Message) -> None:
         channel, supervisor = self._successor, self._supervisor
@@ -79,7 +103,7 @@ class HandOverListener:
         try:
             match message.kind:
                 case "state":
-                    self._give_state(channel, message)
+                    await self._give_state(channel, message)
                 case "depart":
                     channel.answer(message, await self._let_depart(message))
                 case "done":
@@ -93,10 +117,15 @@ class HandOverListener:
         finally:
             message.close()
 
-    def _give_state(self, channel: Channel, message: Message) -> None:
+    async def _give_state(self, channel: Channel, message: Message) -> None:
         if message.body.get("protocol") != PROTOCOL:
             raise ChannelError(f"version {__version__} cannot hand over to version {message.body.get('version')}")
         supervisor = self._supervisor
+        if supervisor.upgrader.is_running:
+            raise ChannelError("an upgrade is under way")
+        if self._restoring is not None:
+            await self._restoring
+        self._has_state = True
         sockets, config = supervisor.sockets, supervisor.config
         addresses = list(sockets)
         body = {
@@ -112,17 +141,31 @@ class HandOverListener:
     async def _let_depart(self, message: Message) -> dict[str, Any]:
         """Have a worker hand over to the socket that came with the message."""
         fleet, position = self._supervisor.fleet, int(message.body["worker"])
-        if not 0 <= position < len(fleet.links) or len(message.descriptors) != 1:
+        alive = [link for link in fleet.links if not link.ended.done()]
+        if not 0 <= position < len(alive) or len(message.descriptors) != 1 or not self._has_state:
             raise ChannelError(
                 f"there is no worker {position} that could hand over to {len(message.descriptors)} sockets"
             )
-        return await fleet.let_depart(fleet.links[position], message.descriptors, float(message.body["grace_s"]))
+        return await fleet.let_depart(alive[position], message.descriptors, float(message.body["grace_s"]))
 
     def _on_lost(self, reason: str) -> None:
-        supervisor = self._supervisor
-        if not supervisor.is_handed_over:
-            logger.error("the proxy that was taking over is gone (%s): this one goes on", reason)
-            spawn(supervisor.fleet.restore(), "go on after a failed hand-over")
+        if self._supervisor.is_handed_over:
+            return
+        if not self._has_state:
+            logger.warning("hand-over refused: %s", reason)
+            return
+        logger.error("the proxy that was taking over is gone (%s): this one goes on", reason)
+        self._restoring = spawn(self._restore(), "go on after a failed hand-over")
+
+    async def _restore(self) -> None:
+        """Have as many workers as before, once it is known which ones have left."""
+        if self._departing:
+            await asyncio.wait(tuple(self._departing))
+        try:
+            await self._supervisor.fleet.restore()
+        except UsageError as error:
+            logger.error("there are fewer workers than there should be: %s", error)  # noqa: TRY400 -- the reason is all
+        self._supervisor.on_free()
 
     @override
     def __repr__(self) -> str:
@@ -132,8 +175,9 @@ class HandOverListener:
 class Predecessor:
     """The proxy whose place is taken, as its successor sees it."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, path: Path) -> None:
         self._channel = Channel(link, lambda _: None)
+        self._path = path
         self.version = ""
         self.sockets: dict[Address, socket.socket] = {}
         self.secrets: tuple[bytes, ...] = ()
@@ -158,7 +202,7 @@ class Predecessor:
         except (OSError, ForeignPeerError) as error:
             link.close()
             raise UsageError(f"cannot take over from {path}: {str(error) or 'no answer'}") from error
-        found = cls(link)
+        found = cls(link, path)
         try:
             await found._ask()
         except (ChannelError, KeyError, TypeError, ValueError) as error:
@@ -189,27 +233,58 @@ class Predecessor:
     async def hand_over(self, fleet: Fleet, grace_s: float) -> Counter[str]:
         """Have each of its workers hand over to one of ours; return what has moved and what has not.
 
-        Raises UsageError where it is gone, or does not want to any more.
+        One that cannot, ends with the other proxy, in order ("failed"). Where the other proxy itself ends meanwhile,
+        this one serves alone. Raises UsageError where it goes on, but does not hand over any more.
         """
         counts: Counter[str] = Counter()
+        for position in range(self.workers):
+            counts += await self._take_from(position, fleet, grace_s)
         try:
-            for position in range(self.workers):
-                counts += await self._take_from(position, fleet.links[position % len(fleet.links)], grace_s)
             await self._channel.request("done")
         except ChannelError as error:
-            raise UsageError(f"the other proxy does not hand over: {error}") from error
+            if not await self._is_gone():
+                raise UsageError(f"the other proxy does not hand over: {error}") from error
+            logger.error("the other proxy has ended, and what it had not handed over is lost: %s", error)  # noqa: TRY400
         self.close()
         return counts
 
-    async def _take_from(self, position: int, new: WorkerLink, grace_s: float) -> Counter[str]:
+    async def _take_from(self, position: int, fleet: Fleet, grace_s: float) -> Counter[str]:
+        """Take over from one worker, in several tries where it must be."""
+        for attempt in range(_TRIES):
+            alive = [link for link in fleet.links if link.is_ready and not link.ended.done()]
+            try:
+                if not alive:
+                    raise ChannelError("no worker can take over")  # noqa: TRY301 -- it is tried again as all else is
+                answer = await self._let_depart(alive[(position + attempt) % len(alive)], grace_s)
+            except ChannelError as error:
+                logger.error("worker %d of the other proxy cannot hand over: %s", position, error)  # noqa: TRY400
+                if not self._channel.is_open:
+                    break
+                await asyncio.sleep(_RETRY_S)
+            else:
+                logger.info("worker %d of the other proxy has handed over", position)
+                return Counter(answer.body)
+        return Counter(failed=1)
+
+    async def _let_depart(self, new: WorkerLink, grace_s: float) -> Message:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours, theirs:
             await new.channel.request("arrive", {}, [ours.fileno()])
-            answer = await self._channel.request(
-                "depart", {"worker": 0, "grace_s": grace_s}, [theirs.fileno()], timeout_s=_HAND_OVER_S
-            )
-        logger.info("worker %d of the other proxy has handed over", position)
-        return Counter(answer.body)
+            # Always the first: one that has handed over is no longer among them.
+            body = {"worker": 0, "grace_s": grace_s}
+            return await self._channel.request("depart", body, [theirs.fileno()], timeout_s=_HAND_OVER_S)
+
+    async def _is_gone(self) -> bool:
+        """Say whether nobody listens at the hand-over socket any more; the end of a process takes a moment."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _CONNECT_S
+        while loop.time() < deadline:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                if probe.connect_ex(str(self._path)) in {errno.ECONNREFUSED, errno.ENOENT}:
+                    return True
+            await asyncio.sleep(_LOOK_S)
+        return False
 
     def close(self) -> None:
         """Part from it."""

@@ -16,10 +16,12 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from stickyproxy import __version__
@@ -48,6 +50,7 @@ _LEFT: Final = {
 }
 _ANSWER_S: Final = 0.1  # for whoever asked for the upgrade to hear that it goes on
 _CHECK_S: Final = 60.0  # for the new version to say whether it can go on; it takes about a second
+_TURNS: Final = 3  # of the loop, in which it notices a signal
 HELD_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2})
 _MAX_WORDS: Final = 2000  # of what it says where it cannot
 
@@ -74,14 +77,18 @@ class Upgrader:
 
         Raises UsageError where something fails; the old version goes on.
         """
-        if self.status.get("state") == "running":
+        if self.is_running:
             raise UsageError("an upgrade is under way already")
+        supervisor = self._supervisor
+        if supervisor.is_handing_over:
+            raise UsageError("another proxy is taking over")
         number = self.status.get("number", 0) + 1
         self.status = {"number": number, "state": "running", "from": __version__}
-        supervisor = self._supervisor
         try:
+            await supervisor.reloader.finish()
             command = program_command()
             version, program = await ask_new_version(command, supervisor.export())
+            self._check_stop()
             logger.info("upgrading from version %s to %s: %s", __version__, version, shlex.join(command))
             self.status["to"] = version
             successors = await supervisor.fleet.start_successors(program)
@@ -93,10 +100,30 @@ class Upgrader:
             raise UsageError(f"the upgrade crashed: {error!r}") from error
         asyncio.get_running_loop().call_later(_ANSWER_S, self._execute_soon, command, successors)
 
+    @property
+    def is_running(self) -> bool:
+        """Say whether an upgrade is under way; in the new version too, until it has taken over."""
+        return self.status.get("state") == "running"
+
+    def _check_stop(self) -> None:
+        if self._supervisor.is_stopping:
+            raise UsageError("the proxy is stopping")
+
     def _execute_soon(self, command: list[str], successors: list[WorkerLink]) -> None:
         spawn(self._execute(command, successors), "execute the new version")
 
     async def _execute(self, command: list[str], successors: list[WorkerLink]) -> None:
+        # From here on signals wait for the new version; those that came before have been noticed two turns later.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        try:
+            self._check_stop()
+        except UsageError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+            self._supervisor.fleet.drop_successors()
+            self._fail(str(error))
+            return
         self._supervisor.notifier.reloading(f"upgrading to version {self.status['to']}")
         inheritance = await self._supervisor.leave(successors)
         try:
@@ -110,6 +137,7 @@ class Upgrader:
         self.outcomes["failed"] += 1
         self.status |= {"state": "failed", "reason": reason}
         logger.error("cannot upgrade, version %s goes on: %s", __version__, reason)
+        self._supervisor.on_free()
 
     async def take_over(self) -> None:
         """Be the new version: let its workers take over from the old ones."""
@@ -134,6 +162,9 @@ def describe(status: Mapping[str, Any]) -> str:
     }
     words = {"tls": "of TLS", "exchange": "in an exchange", "ending": "ending", "waiting": "with unsent bytes",
              "handshake": "in a handshake", "refused": "that were refused"}  # fmt: skip
+    failed = status.get("failed", 0)
+    if failed:
+        moved += f"; {failed} old workers could not hand over, and serve on: the log says why"
     rest = ", ".join(f"{count} {words[kind]}" for kind, count in left.items() if count)
     if not rest:
         return moved
@@ -170,39 +201,74 @@ async def ask_new_version(command: Sequence[str], inheritance: Inheritance) -> t
     """
     descriptor, environment = leave(inheritance, is_check=True)
     try:
-        process = await asyncio.to_thread(_run, command, environment, descriptor)
+        status, output, words = await _run(command, environment, descriptor)
     finally:
         os.close(descriptor)
-    said = process.stderr.decode(errors="replace").strip()[-_MAX_WORDS:]
-    if process.returncode:
-        raise UsageError(f"the new version cannot start: {said or f'exit status {process.returncode}'}")
+    if status:
+        said = words.decode(errors="replace").strip()
+        logger.debug("the new version said: %s", said)
+        raise UsageError(f"the new version cannot start: {_shorten(said) or f'exit status {status}'}")
     try:
-        answer = json.loads(process.stdout)
+        answer = json.loads(output)
         if answer["protocol"] != PROTOCOL:
             raise UsageError(f"version {answer['version']} cannot take over from {__version__}: restart the proxy")
         return str(answer["version"]), Program(tuple(answer["command"]), dict(answer["environment"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"what is installed now knows no upgrades: it said {process.stdout[:200]!r}") from error
+        raise UsageError(f"what is installed now knows no upgrades: it said {output[:200]!r}") from error
 
 
-def _run(command: Sequence[str], environment: dict[str, str], descriptor: int) -> subprocess.CompletedProcess[bytes]:
+def _shorten(said: str) -> str:
+    """Return the last words of a program; of a traceback the error, and where it was raised."""
+    if "Traceback (most recent call last)" not in said and "SyntaxError" not in said:
+        return said[-_MAX_WORDS:]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith('File "')]
+    return f"{lines[-1]} ({places[-1]})" if places else lines[-1]
+
+
+async def _run(command: Sequence[str], environment: dict[str, str], descriptor: int) -> tuple[int, bytes, bytes]:
+    """Run the very command that this process was run with; return its exit status, its output and its errors."""
     try:
-        return subprocess.run(  # noqa: S603 -- the very command that this process was run with
-            command, env=environment, pass_fds=[descriptor], capture_output=True, timeout=_CHECK_S, check=False,
-            stdin=subprocess.DEVNULL,
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment, pass_fds=[descriptor], stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise UsageError(f"the new version said nothing within {_CHECK_S:g} s") from error
     except OSError as error:
         raise UsageError(f"cannot run {command[0]}: {(error.strerror or str(error)).lower()}") from error
+    try:
+        async with asyncio.timeout(_CHECK_S):
+            output, words = await process.communicate()
+    except TimeoutError as error:
+        raise UsageError(f"the new version said nothing within {_CHECK_S:g} s") from error
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+    return process.returncode or 0, output, words
+
+
+async def keep_signals_from_threads() -> None:
+    """Begin to hold the signals, in the threads of the process for ever: the main thread alone is to get them.
+
+    A thread that takes a signal while the main one holds it, just before the new version is executed, takes it along.
+    The threads of the loop itself begin with the first look-up of a name, and all at once.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(initializer=_hold_signals, thread_name_prefix="stickyproxy"))
+    with suppress(OSError):  # it is no number
+        await loop.getaddrinfo("localhost", 0, flags=socket.AI_NUMERICHOST)
+
+
+def _hold_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
 
 
 def execute(command: Sequence[str], inheritance: Inheritance) -> None:
     """Become the new version; returns never. Raises OSError where the command cannot be executed.
 
-    Signals wait until it can handle them: most would end a process that has no handlers yet.
+    Signals must be held until it can handle them: most would end a process that has no handlers yet.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     descriptor, environment = leave(inheritance, is_check=False)
     for one in (descriptor, *inheritance.descriptors()):
         os.set_inheritable(one, True)

@@ -31,6 +31,7 @@ from stickyproxy.wire.frames import SERVICE_RESTART
 
 if TYPE_CHECKING:
     import ssl
+    from collections import Counter
     from collections.abc import Awaitable, Callable, Mapping
 
     from stickyproxy.affinity.health import HealthEvent
@@ -53,6 +54,10 @@ class WorkerProcess:
         self._worker: Worker | None = None
         self._contexts: dict[str, ssl.SSLContext] = {}  # of upstreams, by id
         self._is_over = asyncio.Event()
+        self._is_departing = False
+        self._is_ending = False
+        self._retiring: asyncio.Task[None] | None = None  # from the hand-over to the end
+        self._retire_at = 0.0  # when the grace is over, on the loop's clock
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._handlers: dict[str, Callable[[Message], Awaitable[dict[str, Any] | None]]] = {
             "start": self._on_start,
@@ -202,34 +207,57 @@ class WorkerProcess:
         """Give all that can move to the worker at the other end of the socket that comes with the message, and end.
 
         The answer comes when all has moved that could move at once: it says how many connections did, by kind, and how
-        many are left, by what keeps them. Those go on until they end, or until the grace is over.
+        many are left, by what keeps them. Those go on until they end, or until the grace is over. Where it is said once
+        more meanwhile, because that worker leaves too, what is left goes to another one.
         """
-        worker, grace_s = self._running, float(message.body["grace_s"])
-        sender = Sender(worker, _only_socket(message))
-        worker.pause()
-        worker.plane.is_leaving = True
+        worker, loop = self._running, asyncio.get_running_loop()
+        if self._is_departing or self._is_ending:
+            raise ChannelError("the worker is handing over or ending already")
+        self._is_departing = True
+        try:
+            if self._retiring is None:
+                self._retire_at = loop.time() + float(message.body["grace_s"])
+            else:
+                self._retiring.cancel()
+                await asyncio.wait((self._retiring,))
+            sender = Sender(worker, _only_socket(message))
+            worker.pause()
+            worker.plane.is_leaving = True
+            left = await self._send(sender)
+        finally:
+            self._is_departing = False
+        return {"moved": dict(sender.moved), "left": dict(left)}
+
+    async def _send(self, sender: Sender) -> Counter[str]:
+        """Send what can move now, and retire; where that fails, go on as before, and raise ChannelError."""
+        worker, is_first = self._running, self._retiring is None
         try:
             left = await sender.send()
         except ChannelError:
-            worker.plane.is_leaving = False
             await sender.close()
-            await worker.accept()
+            if is_first:
+                worker.plane.is_leaving = False
+                await worker.accept()
+            else:
+                self._retiring = spawn(self._retire(None), "end after the hand-over")
             raise
-        spawn(self._retire(sender, grace_s), "end after the hand-over")
-        return {"moved": dict(sender.moved), "left": dict(left)}
+        self._retiring = spawn(self._retire(sender), "end after the hand-over")
+        return left
 
-    async def _retire(self, sender: Sender, grace_s: float) -> None:
+    async def _retire(self, sender: Sender | None) -> None:
         """Finish what cannot move, and end."""
         worker, loop = self._running, asyncio.get_running_loop()
-        until = loop.time() + grace_s
-        try:
-            await sender.finish(grace_s)
-        except ChannelError as error:
-            logger.warning("the worker that took over is gone: %s", error)
-        await sender.close()
+        if sender is not None:
+            try:
+                await sender.finish(self._retire_at - loop.time())
+            except ChannelError as error:
+                logger.warning("the worker that took over is gone: %s", error)
+            finally:
+                await sender.close()
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(self._retire_at):
                 await worker.plane.wait_until_gone()
+        self._is_ending = True
         await worker.shut_tunnels(_RETIRE_S, SERVICE_RESTART, "the proxy was replaced")
         await worker.drain(2 * _RETIRE_S)
         await worker.close()

@@ -178,8 +178,8 @@ class Table:
         return cells
 
     def read(self) -> Reading:
-        """Return what the table holds now; raise TableError."""
-        return read_table(self.descriptor)
+        """Return what the table holds now, and nothing where it is closed; raise TableError."""
+        return read_table(self.descriptor) if self.descriptor >= 0 else Reading()
 
     def close(self) -> None:
         """Close the descriptor; who still counts, counts on."""

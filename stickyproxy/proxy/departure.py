@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stickyproxy.proxy.downstream import Downstream
     from stickyproxy.proxy.handover import DownstreamState, TunnelState
     from stickyproxy.proxy.plane import Plane
+    from stickyproxy.wire.forwarded import ConnectionOrigin
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class Departure:
         self._partings = [_Parting(self, transport) for transport in leaver.transports]
         for parting in self._partings:
             parting.part()
+
+    @property
+    def origin(self) -> ConnectionOrigin:
+        """Return who the client is."""
+        return self._leaver.origin
 
     def on_parted(self) -> None:
         """Note that one of the transports is closed."""

@@ -13,18 +13,16 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import socket
-import struct
 from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
 from stickyproxy.errors import RequestError
 from stickyproxy.observe.record import Record
+from stickyproxy.proxy.closing import Closing, close_broken
 from stickyproxy.proxy.exchange import Exchange
 from stickyproxy.proxy.handover import DownstreamState
 from stickyproxy.proxy.respond import REDIRECT, write_error, write_redirect
-from stickyproxy.proxy.socket_state import count_taken, is_queued
 from stickyproxy.wire.head import MAX_PIECES, find_head_end
 from stickyproxy.wire.request_head import RequestHeadReader, find_head_error
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from stickyproxy.errors import ExchangeError
     from stickyproxy.proxy.listener import Listener
     from stickyproxy.proxy.plane import Plane
-    from stickyproxy.wire.forwarded import ForwardedWriter
+    from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter
     from stickyproxy.wire.proxy_protocol import ProxyHeader
     from stickyproxy.wire.request_head import RequestHead
 
@@ -43,23 +41,23 @@ class Downstream(asyncio.Protocol):
     """One client's connection. `deadline` is the coarse monotonic time at which `on_deadline` is due.
 
     `is_blocked` says that the client does not take what was written: no other exchange begins until it does.
+    `is_lingering` says that it was answered for the last time, and what it still sends is lost.
     """
 
     __slots__ = (
-        "_cut_at",
+        "_closing",
         "_eof",
         "_header",
         "_heads",
         "_held",
         "_is_kept",
-        "_is_lingering",
         "_is_next_due",
         "_pieces",
-        "_taken",
         "deadline",
         "exchange",
         "forwarded",
         "is_blocked",
+        "is_lingering",
         "is_paused",
         "listener",
         "plane",
@@ -79,11 +77,11 @@ class Downstream(asyncio.Protocol):
         self._held: bytearray | None = None
         self._pieces = 0
         self._eof = False
-        self._taken: float = 0
+        self._closing: Closing | None = None
         self._is_kept = False
         self.is_paused = False
         self.is_blocked = False
-        self._is_lingering = False
+        self.is_lingering = False
         self._is_next_due = False
 
     @override
@@ -110,13 +108,17 @@ class Downstream(asyncio.Protocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        crowd = self.plane.crowd
+        crowd.left -= 1
+        if crowd.left < 0:
+            crowd.on_spent(self.transport)
         exchange = self.exchange
         if exchange is not None:
             if exchange.is_reading_request:
                 exchange.on_request_body(data)
             else:
                 self.hold(data)
-        elif self._is_lingering:
+        elif self.is_lingering:
             pass
         elif self.is_blocked or self._is_next_due:
             self.hold(data)
@@ -258,7 +260,7 @@ class Downstream(asyncio.Protocol):
 
     def _next(self) -> None:
         self._is_next_due = False
-        if self._is_lingering or self.transport.is_closing():
+        if self.is_lingering or self.transport.is_closing():
             return
         self._begin_held()
         if self._eof and not self._is_busy:
@@ -266,7 +268,7 @@ class Downstream(asyncio.Protocol):
 
     @property
     def _is_busy(self) -> bool:
-        return self.exchange is not None or self._is_lingering or self._is_request_due
+        return self.exchange is not None or self.is_lingering or self._is_request_due
 
     @property
     def _is_request_due(self) -> bool:
@@ -275,9 +277,9 @@ class Downstream(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close in an orderly way: a client still sending must be able to read the answer (RFC 9112, section 9.6)."""
-        self._is_lingering = True
+        self.is_lingering = True
         self._held = None
-        self._await_end()
+        self._closing = Closing(self)
         if self._eof or self.transport.is_closing():
             self.transport.close()
             return
@@ -292,8 +294,9 @@ class Downstream(asyncio.Protocol):
         self.deadline = math.inf
         if self.exchange is not None:
             self.exchange.on_timeout()
-        elif self._is_lingering or self.transport.is_closing():
-            self._look_at_end()
+        elif self.is_lingering or self.transport.is_closing():
+            self._closing = self._closing or Closing(self)
+            self._closing.look()
         elif self._held and not self.is_blocked:
             self.refuse(RequestError("the request head did not arrive in time", status=408))
         else:
@@ -301,33 +304,12 @@ class Downstream(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close once all is sent; a client that takes nothing of it for `send_s` is cut."""
-        self._await_end()
+        self._closing = Closing(self)
         self.transport.close()
-
-    def _await_end(self) -> None:
-        """Wait until the client has taken all and closes too; it is looked at again and again."""
-        timeouts, now = self.plane.settings.timeouts, self.plane.now
-        is_unsent = not self._is_lingering and self._is_unsent
-        self._taken = count_taken(self.transport) if is_unsent or self._is_lingering else math.inf
-        self._cut_at = now + (timeouts.send_s if is_unsent else timeouts.linger_s)
-        self.deadline = now + timeouts.linger_s
-
-    @property
-    def _is_unsent(self) -> bool:
-        """Say whether the client has not taken all; what the kernel alone still holds matters over TLS only."""
-        return self.transport.get_write_buffer_size() > 0 or (self.is_tls and is_queued(self.transport))
-
-    def _look_at_end(self) -> None:
-        if count_taken(self.transport) > self._taken:
-            self._await_end()  # slow, but the client takes it
-        elif self.plane.now >= self._cut_at or not self._is_unsent:
-            self.transport.abort()
-        else:
-            self.deadline = self.plane.now + self.plane.settings.timeouts.linger_s
 
     def stop(self) -> None:
         """Close now if idle; else with the end of the exchange."""
-        if self.exchange is None and not self._is_lingering:
+        if self.exchange is None and not self.is_lingering:
             self._close()
 
     @override
@@ -337,12 +319,12 @@ class Downstream(asyncio.Protocol):
         if self.is_tls and exchange is not None:  # uvloop ends a TLS connection with its first half
             exchange.on_client_lost()
             self.exchange = None
-            self._await_end()
+            self._closing = Closing(self)
             return False
         if exchange is None:
             if self._is_request_due:
                 return not self.is_tls
-            if not self._is_lingering:
+            if not self.is_lingering:
                 self._close()
             return False
         if exchange.is_reading_request:
@@ -354,10 +336,16 @@ class Downstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.plane.downstreams.discard(self)
         self.deadline = math.inf
+        self._closing = None
         if self.exchange is not None:
             self.exchange.on_client_lost()
             self.exchange = None
         self.plane.on_closed(self.forwarded.origin)
+
+    @property
+    def origin(self) -> ConnectionOrigin:
+        """Return who the client is, as far as the connection says."""
+        return self.forwarded.origin
 
     @property
     def transports(self) -> tuple[asyncio.Transport, ...]:
@@ -367,7 +355,7 @@ class Downstream(asyncio.Protocol):
     @property
     def is_ending(self) -> bool:
         """Say whether the connection ends, if not at once, then with its exchange."""
-        return self._is_lingering or self._eof or self.transport.is_closing()
+        return self.is_lingering or self._eof or self.transport.is_closing()
 
     @property
     def may_leave(self) -> bool:
@@ -435,22 +423,11 @@ class Downstream(asyncio.Protocol):
         return self._is_kept and self.exchange is None and not self._held
 
     def cut(self, *, is_delimited: bool) -> None:
-        """End the connection after a response that is not whole, so that the client cannot take it for whole.
-
-        What was written is flushed; then a reset, since an end of file would look clean to a client that reads until
-        the end of the connection. Over TLS that is a connection without its closing alert (RFC 8446, section 6.1);
-        `is_delimited` says that the client knows anyway where the response should have ended.
-        """
+        """End the connection after a response that is not whole; see `close_broken`."""
         self.exchange = None
-        self._is_lingering = True
-        self._await_end()
-        if self.is_tls and not is_delimited:
-            self.transport.abort()
-            return
-        link = self.transport.get_extra_info("socket")
-        if link is not None and link.family != socket.AF_UNIX and not self.transport.is_closing():
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.close()
+        self.is_lingering = True
+        self._closing = Closing(self)
+        close_broken(self.transport, is_delimited=is_delimited)
 
     def abort(self) -> None:
         """Close at once, whatever was not sent."""
@@ -467,22 +444,22 @@ class Downstream(asyncio.Protocol):
         self.is_blocked = False
         if self.exchange is not None:
             self.exchange.resume_response()
-        elif self._held and not self._is_lingering:
+        elif self._held and not self.is_lingering:
             self._begin_next_soon()
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now."""
         self.is_paused = True
-        self.transport.pause_reading()
+        self.plane.crowd.pause(self.transport)
 
     def resume_reading(self) -> None:
         """Take from the client again."""
         if self.is_paused:
             self.is_paused = False
-            self.transport.resume_reading()
+            self.plane.crowd.resume(self.transport)
 
     @override
     def __repr__(self) -> str:
-        if self._is_lingering:
+        if self.is_lingering:
             return "<Downstream lingering>"
         return f"<Downstream {self.exchange or ('head' if self._held else 'idle')}>"

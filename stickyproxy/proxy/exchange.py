@@ -343,7 +343,7 @@ class Exchange:
         connection, self._connection = self._connection, None
         if connection is not None:
             if self.downstream.is_blocked:
-                connection.transport.resume_reading()  # it was paused for this client only
+                self.plane.crowd.resume(connection.transport)  # it was paused for this client only
             if self._request is not None and connection.transport.get_write_buffer_size():
                 is_reusable = False  # the upstream has not taken the body, and perhaps never will
             connection.release(reusable=is_reusable and not self.is_reading_request)
@@ -582,7 +582,7 @@ class Exchange:
     def pause_response(self) -> None:
         """Read no more of the response while the client takes none."""
         if self._connection is not None:
-            self._connection.transport.pause_reading()
+            self.plane.crowd.pause(self._connection.transport)
             if not self.is_reading_request:
                 self._taken = count_taken(self.downstream.transport)
                 self._rearm()
@@ -590,7 +590,7 @@ class Exchange:
     def resume_response(self) -> None:
         """Read the response again."""
         if self._connection is not None:
-            self._connection.transport.resume_reading()
+            self.plane.crowd.resume(self._connection.transport)
             self._rearm()
 
     @override

@@ -154,7 +154,7 @@ class Listener:
         return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Accept nobody any more; connections already open go on. The file of a Unix socket is its owner's to remove."""
+        """Accept nobody any more; what is open goes on, and the file of a Unix socket is left to its owner."""
         self._is_closed = True
         self.pause()
         self._link.close()

@@ -16,7 +16,7 @@ from stickyproxy.wire.pings import PongFilter, write_ping
 
 if TYPE_CHECKING:
     from stickyproxy.proxy.settings import Pings
-    from stickyproxy.proxy.tunnel import Side
+    from stickyproxy.proxy.side import Side
 
 _PREFIX_BYTES: Final = 8  # random, so that nobody else's Pong can be taken for ours
 
@@ -109,7 +109,7 @@ class Pinger:
         if side.filter is None:
             side.filter = PongFilter(self._prefix, side.scanner)
         side.filter.pongs = 0
-        side.tunnel.say(side, write_ping(self._prefix, mask=os.urandom(4) if is_upstream else None))
+        side.say(write_ping(self._prefix, mask=os.urandom(4) if is_upstream else None))
 
     @override
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from stickyproxy.affinity.policy import Chance
 from stickyproxy.affinity.token import CLIENT_ID_BYTES
 from stickyproxy.observe.counters import DOWNSTREAMS, IS_ACCEPTING, TICKED_AT, PlaneCounters, UpstreamCounters
 from stickyproxy.proxy.addresses import AddressCounts
+from stickyproxy.proxy.crowd import Crowd
 from stickyproxy.proxy.gate import Gate
 from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
 from stickyproxy.proxy.settings import OFF
@@ -63,8 +64,7 @@ class Plane:
         self.report = report
         self.log = log
         self.random = random
-        self.place: Place | None = None
-        """Where it shares what it knows with other workers; None where there are no others."""
+        self._place: Place | None = None
         self.on_tick: Callable[[], None] | None = None
         """What the process around the plane does regularly, too."""
         self.chance = Chance(random)
@@ -84,8 +84,10 @@ class Plane:
         self.is_stopping = False
         self.is_leaving = False
         """Whether connections go to another process; those that cannot are closed with their next response."""
-        self._is_empty = asyncio.Event()
+        self._is_gone = asyncio.Event()
+        self._is_end_awaited = False  # somebody waits until no connection is open
         self.loop = asyncio.get_running_loop()
+        self.crowd = Crowd(self.loop)
         self.now = time.monotonic()
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         self.date_line = write_date(self.wall)
@@ -119,13 +121,19 @@ class Plane:
 
     def _recount_addresses(self, limit: float) -> None:
         """Count the connections of each address anew: without a limit nobody has."""
-        self.addresses = AddressCounts(limit)
-        for origin in (
-            *(downstream.forwarded.origin for downstream in self.downstreams),
-            *(tunnel.origin for tunnel in self.tunnels),
-            *(handshake.origin for handshake in self.handshakes if handshake.origin is not None),
-        ):
-            self.addresses.admit(origin)
+        open_now: list[Downstream | Tunnel | Departure | Handshake] = [*self.downstreams, *self.tunnels]
+        open_now += [*self.departing, *self.handshakes]
+        self.addresses.recount(limit, [one.origin for one in open_now if one.origin is not None])
+
+    @property
+    def place(self) -> Place | None:
+        """Where the plane shares what it knows with other workers; None where there are no others."""
+        return self._place
+
+    @place.setter
+    def place(self, place: Place | None) -> None:
+        self._place = place
+        self.addresses.share(None if place is None else place.addresses)
 
     def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
         """Take a new routing state: one assignment. `endpoints` are those of its upstreams, by id.
@@ -162,9 +170,9 @@ class Plane:
         """Return how many clients use an upstream: its sessions, those without one, and those placed just now."""
         digest = upstream.digest
         pool = self.pools[digest]
-        if self.place is None or not self.snapshot.rules.is_shared:
+        if self._place is None or not self.snapshot.rules.is_shared:
             return self.sessions.counts.get(digest, 0) + pool.strangers + pool.placed + pool.placed_before
-        return self.place.read(digest) + self._beyond(pool)
+        return self._place.read(digest) + self._beyond(pool)
 
     def _beyond(self, pool: Pool) -> int:
         """Return how many clients this process knows of at an upstream beyond the sessions that all know of."""
@@ -173,8 +181,8 @@ class Plane:
     def on_placed(self, pool: Pool) -> None:
         """Note that a client was placed at an upstream; other workers see it at once."""
         pool.placed += 1
-        if self.place is not None:
-            self.place.write(pool.digest, self._beyond(pool))
+        if self._place is not None:
+            self._place.write(pool.digest, self._beyond(pool))
 
     def new_client_id(self) -> bytes:
         """Return 10 random bytes; the system is asked once for many."""
@@ -206,25 +214,26 @@ class Plane:
         self.gate.on_accepted()
 
     def on_closed(self, origin: ConnectionOrigin | None = None) -> None:
-        """Note that a connection of a client has ended; the last one ends the wait of `wait_until_empty`.
+        """Note that a connection of a client has ended; the last one ends the wait of `wait_until_gone`.
 
         `origin` is that of a connection that came as far as to be counted by its address.
         """
         if origin is not None:
             self.addresses.release(origin)
         self.gate.on_closed()
-        if self.is_stopping and not self.connections:
-            self._is_empty.set()
+        if self._is_end_awaited and not self.connections:
+            self._is_gone.set()
 
     async def wait_until_gone(self) -> None:
-        """Wait until no connection and no tunnel is open, while all go on."""
+        """Wait until no connection and no tunnel is open, while all go on: it may be for ever, so set a deadline."""
+        self._is_end_awaited = True
         while self.connections:
-            await asyncio.sleep(TICK_S)
+            self._is_gone.clear()
+            await self._is_gone.wait()
 
     async def wait_until_empty(self) -> None:
         """Wait, once stopping, until no connection and no tunnel is open."""
-        self.on_closed()
-        await self._is_empty.wait()
+        await self.wait_until_gone()
 
     def close(self) -> None:
         """End everything at once."""
@@ -239,28 +248,26 @@ class Plane:
         for pool in self.pools.values():
             pool.close()
 
-    def _drop_reset(self) -> None:
-        """Drop the connections that were reset while nobody read them: the loop does not see that."""
-        for downstream in [one for one in self.downstreams if one.is_paused and is_reset(one.transport)]:
-            downstream.abort()
-        for tunnel in tuple(self.tunnels):
-            tunnel.count_bytes()
-            tunnel.drop_reset()
-
-    def show(self) -> None:
-        """Show in the counters how much is open now, and that the loop goes on."""
-        cells = self.counters.cells
-        cells[DOWNSTREAMS] = len(self.downstreams)
-        cells[IS_ACCEPTING] = bool(self.gate.listeners) and self.gate.is_open and not self.is_stopping
-        cells[TICKED_AT] = time.monotonic_ns()
-
     def _tick(self) -> None:
         self._ticker = self.loop.call_later(TICK_S, self._tick)
+        self._read_clocks()
+        self._sweep(self.now)
+        self._show()
+        if self.on_tick is not None:
+            self.on_tick()
+        if self._place is not None:  # after what `on_tick` reports, which is no longer beyond what all know
+            for pool in self.pools.values():
+                self._place.write(pool.digest, self._beyond(pool))
+
+    def _read_clocks(self) -> None:
         self.now = now = time.monotonic()
         self.counters.observe_lag(max(0.0, now - self._due))  # the loop's own clock is a little behind
         self._due = now + TICK_S
         self.wall = time.time()  # noqa: TID251 -- the one place that reads the wall clock
         self.date_line = write_date(self.wall)
+
+    def _sweep(self, now: float) -> None:
+        """Act on all that is due."""
         for downstream in [one for one in self.downstreams if one.deadline <= now]:
             downstream.on_deadline()
         for handshake in [one for one in self.handshakes if one.deadline <= now]:
@@ -271,21 +278,35 @@ class Plane:
         self.gate.sweep()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            self._drop_reset()
+            self._look_at_connections()
+        self._sweep_pools(now)
+        self.sessions.expire(now)
+
+    def _look_at_connections(self) -> None:
+        """Drop the connections that were reset while nobody read them, which the loop does not see; count bytes."""
+        for downstream in [one for one in self.downstreams if one.is_paused and is_reset(one.transport)]:
+            downstream.abort()
+        for tunnel in tuple(self.tunnels):
+            tunnel.count_bytes()
+            tunnel.drop_reset()
+
+    def _sweep_pools(self, now: float) -> None:
+        is_next_window = now >= self._next_window
+        if is_next_window:
+            self._next_window = _next_window(now)
         for pool in self.pools.values():
             pool.expire(now)
-            pool.show()
-        self.sessions.expire(now)
-        if now >= self._next_window:
-            self._next_window = _next_window(now)
-            for pool in self.pools.values():
+            if is_next_window:
                 pool.placed_before, pool.placed = pool.placed, 0
-        self.show()
-        if self.on_tick is not None:
-            self.on_tick()
-        if self.place is not None:
-            for pool in self.pools.values():
-                self.place.write(pool.digest, self._beyond(pool))
+
+    def _show(self) -> None:
+        """Show in the counters how much is open now, and that the loop goes on."""
+        cells = self.counters.cells
+        cells[DOWNSTREAMS] = len(self.downstreams)
+        cells[IS_ACCEPTING] = bool(self.gate.listeners) and self.gate.is_open and not self.is_stopping
+        cells[TICKED_AT] = time.monotonic_ns()
+        for pool in self.pools.values():
+            pool.show()
 
 
 def _next_window(now: float) -> float:

@@ -6,225 +6,48 @@ begun, so that a client learns why, instead of seeing its connection cut (RFC 64
 
 from __future__ import annotations
 
-import asyncio
-import os
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from stickyproxy.observe.counters import NS, TUNNEL_RECEIVED_BYTES, TUNNEL_SENT_BYTES, TUNNELS, TUNNELS_OPEN
-from stickyproxy.proxy.handover import SideState, TunnelState
+from stickyproxy.proxy.handover import TunnelState
 from stickyproxy.proxy.pinger import Pinger
 from stickyproxy.proxy.settings import OFF
-from stickyproxy.proxy.socket_state import is_queued, is_reset
-from stickyproxy.wire.frames import (
-    ABNORMAL,
-    BAD_GATEWAY,
-    GOING_AWAY,
-    SERVICE_RESTART,
-    FrameScanner,
-    write_close,
-)
-from stickyproxy.wire.pings import PongFilter
+from stickyproxy.proxy.side import Side
+from stickyproxy.proxy.tunnel_end import INITIATORS, TunnelEnd
+from stickyproxy.wire.frames import GOING_AWAY, SERVICE_RESTART
 
 if TYPE_CHECKING:
+    import asyncio
+
     from stickyproxy.affinity.sessions import Session
     from stickyproxy.observe.record import Record
+    from stickyproxy.proxy.crowd import Crowd
     from stickyproxy.proxy.plane import Plane
     from stickyproxy.proxy.pool import Pool
     from stickyproxy.wire.forwarded import ConnectionOrigin
-
-Initiator = Literal["client", "upstream", "proxy"]
-_INITIATORS: Final[dict[str, Initiator]] = {"client": "client", "upstream": "upstream", "proxy": "proxy"}
-_MAX_LINGERS: Final = 15  # times `linger_s`: 30 s by default, as nginx's lingering_time
-_FLUSH_S: Final = 60.0  # at most, for a side to take the last bytes once the tunnel is over
-
-
-class _Discard(asyncio.Transport):
-    """Where the bytes of a side go once its other side is done with."""
-
-    @override
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        pass
-
-
-_DISCARD: Final = _Discard()
-
-
-class Side(asyncio.Protocol):
-    """One of the two connections; `other` is the transport that its bytes go to, `scanner` reads what it sends.
-
-    `tail` is what was written to `other` since that began to wait, None while nothing waits: it ends with the bytes
-    that the kernel has not taken, as many as the size of that transport's buffer. The loop does not give them back.
-    """
-
-    __slots__ = ("filter", "is_eof", "other", "received_bytes", "scanner", "tail", "transport", "tunnel")
-
-    def __init__(
-        self,
-        tunnel: Tunnel,
-        transport: asyncio.Transport,
-        other: asyncio.Transport,
-        counts: memoryview[int],
-        *,
-        is_client: bool,
-    ) -> None:
-        self.tunnel = tunnel
-        self.transport = transport
-        self.other = other
-        self.scanner = FrameScanner(counts, is_masked=is_client)
-        self.received_bytes = 0
-        self.is_eof = False
-        self.tail: bytes | None = None
-        self.filter: PongFilter | None = None  # while a Ping of the proxy's own is unanswered
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        if self.filter is not None:
-            data = self.filter.feed(data)
-            if self.filter.pongs and self.filter.is_at_rest:
-                self.filter = None
-        self.other.write(data)
-        if self.tail is not None:
-            self.tail += data
-        self.received_bytes += len(data)
-        self.scanner.feed(data)
-
-    def pass_on(self, data: bytes) -> None:
-        """Write to the other side what is not to be counted as coming from this one now."""
-        self.other.write(data)
-        if self.tail is not None:
-            self.tail += data
-
-    @override
-    def eof_received(self) -> bool:
-        self.is_eof = True
-        if self.filter is not None and self.filter.held:
-            self.pass_on(self.filter.held)
-        self.tunnel.on_eof(self)
-        return self.transport.can_write_eof()  # not over TLS, which uvloop ends with its first half
-
-    @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.tunnel.on_lost(self, exc)
-
-    @override
-    def pause_writing(self) -> None:
-        opposite = self.tunnel.opposite(self)
-        opposite.transport.pause_reading()
-        if self.transport.can_write_eof():  # over TLS nobody knows what is unsent
-            opposite.tail = b""
-
-    @override
-    def resume_writing(self) -> None:
-        opposite = self.tunnel.opposite(self)
-        opposite.tail = None
-        if not opposite.is_eof:
-            opposite.transport.resume_reading()
-
-    @property
-    def may_leave(self) -> bool:
-        """Say whether another process could go on with the connection: all that is known of it can be told."""
-        if self.transport.is_closing() or not self.transport.can_write_eof() or self.other is _DISCARD:
-            return False
-        return self.other.get_write_buffer_size() <= len(self.tail or b"")
-
-    def export(self, unsent_bytes: int) -> SideState:
-        """Return where the side stands; the kernel has not taken so many bytes of what it sent."""
-        tail = self.tail or b""
-        return SideState(
-            scanner=self.scanner.export(),
-            filter=None if self.filter is None else self.filter.export(),
-            received_bytes=self.received_bytes,
-            is_eof=self.is_eof,
-            unsent=tail[len(tail) - unsent_bytes :],
-        )
-
-    def go_on_from(self, state: SideState) -> None:
-        """Go on where the side stood in another process; raise ValueError where that cannot be."""
-        self.scanner.go_on_from(state.scanner)
-        if state.filter is not None:
-            self.filter = PongFilter.going_on_from(state.filter, self.scanner)
-        self.received_bytes, self.is_eof = state.received_bytes, state.is_eof
-
-
-class _Watch(asyncio.Protocol):
-    """Stands before a side whose end is near, and sees what comes from it."""
-
-    def __init__(self, side: Side) -> None:
-        self._side = side
-
-    @override
-    def eof_received(self) -> bool:
-        return self._side.eof_received()
-
-    @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._side.connection_lost(exc)
-
-    @override
-    def pause_writing(self) -> None:
-        self._side.pause_writing()
-
-    @override
-    def resume_writing(self) -> None:
-        self._side.resume_writing()
-
-
-class _Ending(_Watch):
-    """For a side in the middle of a frame: passes on the rest of it, and then ends what the side sends."""
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        side, at = self._side, 0
-        scanner = side.scanner
-        while at < len(data) and not scanner.is_at_boundary:
-            piece = data[at : at + (scanner.left_bytes or 1)]  # byte by byte while the size of the frame is unknown
-            at += len(piece)
-            side.data_received(piece)
-        if scanner.is_at_boundary:
-            side.transport.set_protocol(side)
-            side.tunnel.close_direction(side)
-            if at < len(data):
-                side.data_received(data[at:])
-
-
-class _Farewell(_Watch):
-    """For a client over TLS that was sent a Close frame: with its own, all is said.
-
-    It would wait for the connection to be closed (RFC 6455, section 7.1.1), which over TLS cannot be done by half.
-    """
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        self._side.data_received(data)
-        if self._side.scanner.close_code:
-            self._side.tunnel.end()
 
 
 class Tunnel:
     """A WebSocket on its way through the proxy. `client` and `upstream` are its sides once it is open."""
 
     __slots__ = (
-        "_cause",
         "_counted_received",
         "_counted_sent",
+        "_end",
         "_ends_at",
-        "_initiator",
         "_is_over",
         "_pinger",
         "_plane",
         "_pool",
         "_record",
-        "_said",
         "_seen_at",
         "_seen_bytes",
         "_session",
-        "_shut_as",
         "_started_at",
-        "_timer",
         "client",
         "origin",
         "upstream",
@@ -243,13 +66,9 @@ class Tunnel:
         self._record = record
         self.origin = origin
         self._started_at = perf_counter()
-        self._initiator: Initiator | None = None
-        self._cause = ""
-        self._said = 0  # the code of the Close frame that the proxy sent of its own
+        self._end: TunnelEnd | None = None  # an open tunnel has none
         self._is_over = False
         self._counted_received = self._counted_sent = 0  # bytes that the counters of the upstream hold already
-        self._shut_as: tuple[int, str, str] | None = None  # code, reason and cause
-        self._timer: asyncio.TimerHandle | None = None
         self._seen_bytes = 0
         self._seen_at = plane.now
         timeouts, pings = plane.settings.timeouts, plane.settings.pings
@@ -261,9 +80,10 @@ class Tunnel:
         """Take over both connections; the 101 has been passed on."""
         self._join(client, upstream)
         self._pool.counters.cells[TUNNELS] += 1
-        client.resume_reading()
-        upstream.resume_reading()
-        self._limit_buffers()
+        self.crowd.resume(client)
+        self.crowd.resume(upstream)
+        for side in self.sides:
+            side.limit_buffer()
 
     def _join(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
         """Make the sides, and count the tunnel as open."""
@@ -277,16 +97,24 @@ class Tunnel:
         counters.cells[TUNNELS_OPEN] += 1
         self._plane.tunnels.add(self)
 
-    def _limit_buffers(self) -> None:
-        """Have a plain side say so at once when its kernel does not take all: what is unsent must be known."""
-        for side in (self.client, self.upstream):
-            if side.transport.can_write_eof():
-                side.transport.set_write_buffer_limits(0)
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Return the client's side and the upstream's."""
+        return self.client, self.upstream
 
     @property
     def transports(self) -> tuple[asyncio.Transport, ...]:
         """Return the transports of the client and of the upstream."""
         return self.client.transport, self.upstream.transport
+
+    def opposite(self, side: Side) -> Side:
+        """Return the other side."""
+        return self.upstream if side is self.client else self.client
+
+    @property
+    def crowd(self) -> Crowd:
+        """Return what counts the reads of its sides."""
+        return self._plane.crowd
 
     @property
     def pool(self) -> Pool:
@@ -294,14 +122,69 @@ class Tunnel:
         return self._pool
 
     @property
+    def upstream_id(self) -> str:
+        """Return the id of the upstream that holds the tunnel."""
+        return self._pool.upstream_id
+
+    @property
+    def passed_bytes(self) -> int:
+        """Return how much has come from both sides."""
+        return self.client.received_bytes + self.upstream.received_bytes
+
+    @property
+    def has_close(self) -> bool:
+        """Say whether a Close frame has passed, either way, or the proxy has sent the client one of its own."""
+        said = self._end is not None and self._end.said
+        return bool(said or self.client.scanner.close_code or self.upstream.scanner.close_code)
+
+    # While it is open
+
+    def sweep(self, now: float) -> None:
+        """Close the tunnel if it is too old, or idle for too long, or a side is gone; send the Pings that are due.
+
+        `now` is coarse monotonic seconds.
+        """
+        if self._is_over or (self._end is not None and self._end.is_shut):
+            return
+        passed = self.passed_bytes
+        if passed != self._seen_bytes:
+            self._seen_bytes, self._seen_at = passed, now
+        elif now - self._seen_at >= self._plane.settings.timeouts.tunnel_idle_s:
+            self.shut(reason="nothing was sent for too long", cause="idle")
+            return
+        if now >= self._ends_at:
+            self.shut(SERVICE_RESTART, "the connection has reached its age", "max_age")
+        elif self._pinger is not None and not self.has_close:
+            silent = self._pinger.sweep(self.client, self.upstream, now)
+            if silent is not None:  # given up; the other one is told
+                self._ending.blame(silent, "ping_timeout")
+                silent.transport.abort()
+
+    def count_bytes(self) -> None:
+        """Count what both sides have sent since the last time."""
+        received, sent = self.client.received_bytes, self.upstream.received_bytes
+        if received != self._counted_received or sent != self._counted_sent:
+            cells = self._pool.counters.cells
+            cells[TUNNEL_RECEIVED_BYTES] += received - self._counted_received
+            cells[TUNNEL_SENT_BYTES] += sent - self._counted_sent
+            self._counted_received, self._counted_sent = received, sent
+
+    def drop_reset(self) -> None:
+        """Drop a side that was reset while it was not read, since the other one takes nothing."""
+        for side in self.sides:
+            side.drop_reset()
+
+    # On its way to another process, or from there
+
+    @property
     def is_ending(self) -> bool:
         """Say whether the end of the tunnel has begun, and is waited for here."""
-        return self._is_over or self._shut_as is not None or self._timer is not None
+        return self._is_over or (self._end is not None and self._end.is_awaited)
 
     @property
     def is_tls(self) -> bool:
         """Say whether the proxy itself speaks TLS on one of the sides."""
-        return not all(transport.can_write_eof() for transport in self.transports)
+        return self.client.is_tls or self.upstream.is_tls
 
     @property
     def may_leave(self) -> bool:
@@ -315,7 +198,7 @@ class Tunnel:
 
     def export(self, unsent_to_client: int, unsent_to_upstream: int) -> TunnelState:
         """Return where the tunnel stands; the kernel has not taken so many bytes of what was written to each side."""
-        session, now = self._session, self._plane.now
+        session, end, now = self._session, self._end, self._plane.now
         return TunnelState(
             client=self.client.export(unsent_to_upstream),
             upstream=self.upstream.export(unsent_to_client),
@@ -331,8 +214,8 @@ class Tunnel:
             left_s=None if self._ends_at == OFF else max(0.0, self._ends_at - now),
             idle_s=max(0.0, now - self._seen_at),
             seen_bytes=self._seen_bytes,
-            initiator=self._initiator or "",
-            cause=self._cause,
+            initiator="" if end is None else end.initiator or "",
+            cause="" if end is None else end.cause,
         )
 
     def go_on(self, client: asyncio.Transport, upstream: asyncio.Transport, state: TunnelState) -> None:
@@ -341,7 +224,8 @@ class Tunnel:
         self._join(client, upstream)
         self._started_at -= state.age_s
         self._seen_bytes, self._seen_at = state.seen_bytes, plane.now - state.idle_s
-        self._initiator, self._cause = _INITIATORS.get(state.initiator), state.cause
+        if state.initiator:
+            self._end = TunnelEnd(self, plane, INITIATORS.get(state.initiator), state.cause)
         if state.left_s is not None and self._ends_at != OFF:
             self._ends_at = plane.now + state.left_s
         if state.pinger is not None and self._pinger is not None:
@@ -349,231 +233,63 @@ class Tunnel:
         self.client.go_on_from(state.client)
         self.upstream.go_on_from(state.upstream)
         self._counted_received, self._counted_sent = self.client.received_bytes, self.upstream.received_bytes
-        for side in (self.client, self.upstream):
+        for side in self.sides:
             if not side.is_eof:
                 side.transport.resume_reading()
-        self._limit_buffers()  # before anything is written: the writes below may stop the reading again
+            side.limit_buffer()  # before anything is written: the writes below may stop the reading again
         self.client.pass_on(state.client.unsent)
         self.upstream.pass_on(state.upstream.unsent)
-        for side in (self.client, self.upstream):
+        for side in self.sides:
             if side.is_eof:
-                _write_eof(self.opposite(side).transport)
+                self.opposite(side).write_eof()
         if plane.is_stopping:
             self.shut()
 
-    def opposite(self, side: Side) -> Side:
-        """Return the other side."""
-        return self.upstream if side is self.client else self.client
+    # Its end
 
     @property
-    def upstream_id(self) -> str:
-        """Return the id of the upstream that holds the tunnel."""
-        return self._pool.upstream_id
-
-    def say(self, side: Side, frame: bytes) -> None:
-        """Write a frame of the proxy's own to a side, where the frames of the other one stand at a boundary."""
-        side.transport.write(frame)
-        opposite = self.opposite(side)
-        if opposite.tail is not None:
-            opposite.tail += frame
+    def _ending(self) -> TunnelEnd:
+        """Return the end of the tunnel, which begins with the first use."""
+        if self._end is None:
+            self._end = TunnelEnd(self, self._plane)
+        return self._end
 
     def on_eof(self, side: Side) -> None:
-        """Pass a half-close on; an upstream that ends without a Close frame has vanished."""
-        self._blame(side, "eof")
-        if side is self.upstream and not self._has_close:
-            self._say_close(SERVICE_RESTART, "the application ended")
-        if self.client.is_eof and self.upstream.is_eof:
-            self.end()
-            return
-        _write_eof(self.opposite(side).transport)
-        if side is self.upstream:
-            self._say_farewell()
+        """Act on the end of what a side sends."""
+        self._ending.on_eof(side)
 
     def on_lost(self, side: Side, error: Exception | None) -> None:
-        """Close the side that is left; a client is told why."""
-        if self._is_over:
-            return
-        if side is self.upstream and side.is_eof and self._timer is not None:  # over TLS its loss follows its end
-            self.client.other = _DISCARD
-            return
-        self._blame(side, "reset" if error is not None else "eof")
-        other = self.opposite(side)
-        other.other = _DISCARD
-        if side is self.upstream and not self._has_close:
-            self._say_close(BAD_GATEWAY if error is not None else SERVICE_RESTART, "the application broke off")
-            _write_eof(other.transport)
-            side.is_eof = True
-            self._say_farewell()
-            return
-        self.end()
+        """Act on the loss of a side's connection."""
+        if not self._is_over:
+            self._ending.on_lost(side, error)
 
     def shut(self, code: int = GOING_AWAY, reason: str = "the proxy is going away", cause: str = "stopping") -> None:
         """Close both sides with a Close frame, each at its next frame boundary, and cut them if they do not follow."""
-        if self._is_over or self._shut_as is not None:
-            return
-        self._shut_as = code, reason, cause
-        if self._initiator is not None or self._has_close:  # it is ending already, and not waited for any longer
-            self._blame(self.client, cause)
-            if not (self._has_close or self.upstream.is_eof):
-                self._say_close(code, reason)
-            self._end_within(self._plane.settings.timeouts.linger_s)
-            return
-        for side in (self.client, self.upstream):
-            if side.scanner.is_at_boundary:
-                self.close_direction(side)
-            else:
-                side.transport.set_protocol(_Ending(side))
-        if self._timer is None:
-            self._wait_for_boundary(-1)
+        if not self._is_over:
+            self._ending.shut(code, reason, cause)
 
     def close_direction(self, side: Side) -> None:
-        """End what a side sends, at a frame boundary, with a Close frame to the other; what still comes is dropped."""
-        if self._is_over or self._shut_as is None or side.other is _DISCARD:
-            return
-        code, reason, cause = self._shut_as
-        opposite = self.opposite(side)
-        if not side.scanner.close_code:
-            mask = os.urandom(4) if opposite is self.upstream else None
-            self.say(opposite, write_close(code, reason, mask=mask))
-            if self._initiator is None:
-                self._initiator, self._cause = "proxy", cause
-            if opposite is self.client:
-                self._said = code
-        side.other = _DISCARD
-        if opposite.other is _DISCARD:
-            self._end_within(self._plane.settings.timeouts.linger_s)
-
-    def _wait_for_boundary(self, before: int) -> None:
-        """Wait for a side in the middle of a frame for as long as it goes on; one that is stuck there is cut."""
-        passed = self.client.received_bytes + self.upstream.received_bytes
-        if passed == before:
-            self._blame_proxy()
-            self.end()
-        else:
-            linger_s = self._plane.settings.timeouts.linger_s
-            self._timer = self._plane.loop.call_later(linger_s, self._wait_for_boundary, passed)
-
-    def _blame_proxy(self) -> None:
-        if self._initiator is None and self._shut_as is not None:
-            self._initiator, self._cause = "proxy", self._shut_as[2]
-
-    def sweep(self, now: float) -> None:
-        """Close the tunnel if it is too old, or idle for too long, or a side is gone; send the Pings that are due.
-
-        `now` is coarse monotonic seconds.
-        """
-        if self._is_over or self._shut_as is not None:
-            return
-        passed = self.client.received_bytes + self.upstream.received_bytes
-        if passed != self._seen_bytes:
-            self._seen_bytes, self._seen_at = passed, now
-        elif now - self._seen_at >= self._plane.settings.timeouts.tunnel_idle_s:
-            self.shut(reason="nothing was sent for too long", cause="idle")
-            return
-        if now >= self._ends_at:
-            self.shut(SERVICE_RESTART, "the connection has reached its age", "max_age")
-        elif self._pinger is not None and not self._has_close:
-            silent = self._pinger.sweep(self.client, self.upstream, now)
-            if silent is not None:
-                self._on_silent(silent)
-
-    def _on_silent(self, side: Side) -> None:
-        """Give up a side that has not answered a Ping, and tell the other one."""
-        self._blame(side, "ping_timeout")
-        side.transport.abort()
-
-    def count_bytes(self) -> None:
-        """Count what both sides have sent since the last time."""
-        received, sent = self.client.received_bytes, self.upstream.received_bytes
-        if received != self._counted_received or sent != self._counted_sent:
-            cells = self._pool.counters.cells
-            cells[TUNNEL_RECEIVED_BYTES] += received - self._counted_received
-            cells[TUNNEL_SENT_BYTES] += sent - self._counted_sent
-            self._counted_received, self._counted_sent = received, sent
-
-    def drop_reset(self) -> None:
-        """Drop a side that was reset while it was not read, since the other one takes nothing."""
-        for side in (self.client, self.upstream):
-            if not side.transport.is_reading() and is_reset(side.transport):
-                side.transport.abort()
+        """End what a side sends: it stands at the frame boundary that was waited for."""
+        if not self._is_over:
+            self._ending.close_direction(side)
 
     def abort(self) -> None:
         """Cut both sides at once."""
-        self._initiator = self._initiator or "proxy"
-        self._cause = self._cause or "aborted"
+        self._ending.blame_proxy("aborted")
         self.end(at_once=True)
-
-    @property
-    def _has_close(self) -> bool:
-        return bool(self._said or self.client.scanner.close_code or self.upstream.scanner.close_code)
-
-    def _blame(self, side: Side, cause: str) -> None:
-        """Note who ended the tunnel, unless that is known: the first Close frame counts, then the first end."""
-        if self._initiator is not None:
-            return
-        if self.client.scanner.is_first:
-            self._initiator, self._cause = "client", "close_frame"
-        elif self.upstream.scanner.is_first:
-            self._initiator, self._cause = "upstream", "close_frame"
-        else:
-            self._initiator, self._cause = ("client" if side is self.client else "upstream"), cause
-
-    def _say_close(self, code: int, reason: str) -> None:
-        """Tell the client why its tunnel ends, if its stream stands at a frame boundary; else the cut says it."""
-        if self.upstream.scanner.is_at_boundary and not self.client.transport.is_closing():
-            self.say(self.client, write_close(code, reason))
-            self._said = code
-            self.client.other = _DISCARD
-
-    def _say_farewell(self) -> None:
-        """Let the client answer the last Close frame, its application's or the proxy's own."""
-        client = self.client
-        if not client.transport.can_write_eof():
-            if client.scanner.close_code:
-                self.end()
-                return
-            client.transport.set_protocol(_Farewell(client))
-        self._end_when_quiet()
-
-    def _end_when_quiet(self, times: int = _MAX_LINGERS) -> None:
-        """End once the client has stopped sending, so that no reset overtakes the Close frame on its way to it."""
-        before = self.client.received_bytes
-
-        def look() -> None:
-            if self.client.received_bytes != before and times > 0:
-                self._end_when_quiet(times - 1)
-            else:
-                self.end()
-
-        self._stop_timer()
-        self._timer = self._plane.loop.call_later(self._plane.settings.timeouts.linger_s, look)
-
-    def _end_within(self, delay_s: float) -> None:
-        self._stop_timer()
-        self._timer = self._plane.loop.call_later(delay_s, self.end)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def end(self, *, at_once: bool = False) -> None:
         """Close both connections, once all is sent or at once, and count the tunnel."""
         if self._is_over:
             return
         self._is_over = True
-        self._stop_timer()
-        timeouts = self._plane.settings.timeouts
-        for side in (self.client, self.upstream):
+        if self._end is not None:
+            self._end.stop_waiting()
+        for side in self.sides:
             if at_once:
                 side.transport.abort()
             else:
-                side.transport.close()
-                is_tls = not side.transport.can_write_eof()  # and waits for the other end to close too
-                if side.transport.get_write_buffer_size() or (is_tls and is_queued(side.transport)):
-                    self._plane.loop.call_later(min(timeouts.send_s, _FLUSH_S), side.transport.abort)
-                elif is_tls:
-                    self._plane.loop.call_later(timeouts.linger_s, side.transport.abort)
+                side.close(self._plane)
         self._count()
 
     def release(self) -> None:
@@ -592,21 +308,16 @@ class Tunnel:
 
     def lose(self) -> None:
         """Count a tunnel as ended that nobody could go on with."""
-        self._initiator = self._initiator or "proxy"
-        self._cause = self._cause or "aborted"
+        self._ending.blame_proxy("aborted")
         self._count()
 
     def _count(self) -> None:
-        plane, counters, client, upstream = self._plane, self._pool.counters, self.client, self.upstream
+        """Count how the tunnel ended, and log it."""
+        plane, counters, end = self._plane, self._pool.counters, self._ending
         self.release()
         duration_s = perf_counter() - self._started_at
-        initiator = self._initiator or "proxy"
-        if self._cause == "close_frame":
-            code = (client if initiator == "client" else upstream).scanner.close_code
-        else:
-            said = 0 if initiator == "client" else self._said  # a client that went away did not hear it
-            code = said or client.scanner.close_code or upstream.scanner.close_code or ABNORMAL
-        counters.count_close(initiator, code, self._cause)
+        initiator, code = end.initiator or "proxy", end.close_code
+        counters.count_close(initiator, code, end.cause)
         counters.observe_tunnel(int(duration_s * NS))
         if plane.log is not None and self._record is not None:
             plane.log(
@@ -614,19 +325,14 @@ class Tunnel:
                     self._record,
                     kind="tunnel",
                     duration_s=duration_s,
-                    received_bytes=client.received_bytes,
-                    sent_bytes=upstream.received_bytes,
+                    received_bytes=self.client.received_bytes,
+                    sent_bytes=self.upstream.received_bytes,
                     close_code=code,
                     initiator=initiator,
-                    cause=self._cause,
+                    cause=end.cause,
                 )
             )
 
     @override
     def __repr__(self) -> str:
         return f"<Tunnel {self._pool.upstream_id} {'over' if self._is_over else 'open'}>"
-
-
-def _write_eof(transport: asyncio.Transport) -> None:
-    if not transport.is_closing() and transport.can_write_eof():
-        transport.write_eof()

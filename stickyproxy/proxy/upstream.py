@@ -58,7 +58,12 @@ class UpstreamConnection(asyncio.Protocol):
             # Nobody asked: a second response, or bytes after the last one. The connection cannot be trusted.
             self.pool.forget(self)
             self.transport.abort()
-        elif not self.reads_head:
+            return
+        crowd = exchange.plane.crowd
+        crowd.left -= 1
+        if crowd.left < 0:
+            crowd.on_spent(self.transport)
+        if not self.reads_head:
             exchange.on_response_body(data)
         else:
             self._read_head(exchange, data)

@@ -203,6 +203,66 @@ def test_a_guard_does_not_pass_the_bound() -> None:
     assert ask_with_load(Question(None), {"doubtful": 1}, doubtful) == ALL_FULL
 
 
+# Several processes
+
+
+def redispatch(
+    number: int, upstreams: list[Upstream], *, is_shared: bool, turn: int = 0, load: dict[str, int] | None = None
+) -> Upstream:
+    """Choose for a client whose upstream is gone, in a process that has chosen `turn` times before."""
+    chance = Chance(first)
+    chance.turn = turn
+    question = Question(Session(b"%010d" % number, b"nowhere!", 0))
+    snapshot = Snapshot("default", tuple(upstreams), Rules(is_shared=is_shared))
+    choice = choose(snapshot, question, chance, lambda one: (load or {}).get(one.id, 0))
+    assert choice.outcome is Outcome.REDISPATCHED
+    assert choice.upstream is not None
+    return choice.upstream
+
+
+def test_all_processes_move_a_client_to_the_same_upstream() -> None:
+    """Whatever they have chosen before, and whatever load they see: its requests come to several at once."""
+    upstreams = [PINNED, OTHER, THIRD]
+    views: list[tuple[int, dict[str, int]]] = [(0, {}), (1, {}), (2, {"other": 50}), (7, {"pinned": 9, "third": 3})]
+    alike, apart = [], []
+    for number in range(100):
+        alike.append({redispatch(number, upstreams, is_shared=True, turn=turn, load=load) for turn, load in views})
+        apart.append({redispatch(number, upstreams, is_shared=False, turn=turn, load=load) for turn, load in views})
+    assert all(len(one) == 1 for one in alike)
+    assert any(len(one) > 1 for one in apart), "a process alone chooses by load and turn"
+    assert set.union(*alike) == set(upstreams)
+
+
+def test_clients_that_all_processes_move_are_shared_by_weight() -> None:
+    upstreams = [PINNED, OTHER, Upstream("heavy", 2)]
+    chosen = [redispatch(number, upstreams, is_shared=True).id for number in range(4000)]
+    assert [chosen.count(one.id) / 1000 for one in upstreams] == pytest.approx([1, 1, 2], abs=0.15)
+
+
+def test_clients_that_all_processes_move_go_where_there_is_room() -> None:
+    full = Upstream("full", max_sessions=5)
+    upstreams = [PINNED, full, THIRD]
+    free = [redispatch(number, upstreams, is_shared=True, load={"full": 4}) for number in range(200)]
+    left = [redispatch(number, upstreams, is_shared=True, load={"full": 5}) for number in range(200)]
+    assert full in free
+    assert full not in left
+    assert all(before is after for before, after in zip(free, left, strict=True) if before is not full)
+    dead = Upstream("pinned", is_refused=True)
+    choice = choose(
+        Snapshot("default", (dead, full), Rules(is_shared=True)), Question(SESSION), Chance(first), lambda _: 5
+    )
+    assert choice == ALL_FULL
+
+
+def test_new_clients_are_placed_by_the_policy_in_each_process() -> None:
+    """They come to one process only; what the others have placed is in the load."""
+    snapshot = Snapshot("default", (PINNED, OTHER), Rules(is_shared=True))
+    for least in (PINNED, OTHER):
+        load = {PINNED.id: 1, OTHER.id: 1} | {least.id: 0}
+        choice = choose(snapshot, Question(None), Chance(first), lambda one, load=load: load[one.id])  # type: ignore[misc]
+        assert choice == Choice(least, Outcome.NEW)
+
+
 def test_nothing_selects_what_the_operator_took_out() -> None:
     """No token and no address leads to an upstream in maintenance, and a drained one gets only its own clients."""
     sessions = [None, SESSION, Session(b"0123456789", b"nowhere!", 0)]

@@ -195,9 +195,6 @@ def test_repr_shows_the_state() -> None:
     assert repr(Session(b"\x01", b"\x02", 0)) == "<Session 01 at 02 open=0>"
 
 
-# Any order of events
-
-
 # From one table to another
 
 
@@ -273,6 +270,128 @@ def test_idle_sessions_are_forgotten_once_another_table_has_them() -> None:
     assert list(table._active.values()) == [busy]
 
 
+# Other secrets and lifetimes
+
+
+def test_another_table_gives_its_secrets_and_the_sessions_stay() -> None:
+    table = table_of()
+    old_value = value_of()
+    session = present(table, old_value)
+    table.touch(session, 0.0)
+    new_codec = TokenCodec([b"new", b"secret"])
+    table.adopt(SessionTable(new_codec, Lifetimes(), idle_s=IDLE_S))
+    assert table.counts == {HERE: 1}
+    assert present(table, old_value) is session, "the old secret verifies still"
+    written = table.write_token(session, 100)
+    assert CODEC.parse(written, 100) is None, "and the new one signs"
+    assert new_codec.parse(written, 100) == Token(HERE, CLIENT, 100, 100)
+    table.adopt(SessionTable(TokenCodec([b"new"]), Lifetimes(), idle_s=IDLE_S))
+    assert table.present(old_value, 100) is None, "although it was verified before"
+    assert present(table, written) is session
+    assert table.counts == {HERE: 1}
+
+
+def test_another_table_gives_its_lifetimes() -> None:
+    table = table_of()
+    value = value_of(pinned_at=100, seen_at=100)
+    table.touch(present(table, value), 0.0)
+    table.adopt(SessionTable(CODEC, Lifetimes(max_idle_s=50), idle_s=10.0, refresh_s=20))
+    presented = table.present(value, 100)
+    assert presented is not None
+    assert (presented.expires_at, presented.refresh_at) == (150, 120)
+    table.expire(9.9)
+    assert len(table) == 1
+    table.expire(10.0)
+    assert len(table) == 0
+    table.adopt(table_of())
+    presented = table.present(value, 100)
+    assert presented is not None
+    assert (presented.expires_at, presented.refresh_at) == (float("inf"), float("inf"))
+
+
+# What others are told
+
+
+def names(began: list[Session]) -> set[bytes]:
+    return {session.client_id[-1:] for session in began}
+
+
+def test_the_first_changes_are_all_sessions_and_then_only_what_has_changed() -> None:
+    table = table_of()
+    used(table, 1, now=0.0)
+    used(table, 2, now=0.0)
+    table.begin(b"%010d" % 3, HERE, 100)
+    began, ended = table.take_changes()
+    assert (names(began), ended) == ({b"1", b"2"}, [])
+    assert table.take_changes() == ([], [])
+    used(table, 1, now=5.0)
+    assert table.take_changes() == ([], []), "who goes on has told all already"
+    used(table, 3, now=10.0)
+    began, ended = table.take_changes()
+    assert (names(began), ended) == ({b"3"}, [])
+    table.expire(0.0 + IDLE_S)
+    assert table.take_changes() == ([], [b"%010d" % 2])
+
+
+def test_a_session_that_is_moved_has_changed() -> None:
+    table = table_of()
+    session = used(table, 1, now=0.0)
+    table.take_changes()
+    table.move(session, THERE, 200)
+    (moved,), ended = table.take_changes()
+    assert (moved.digest, moved.pinned_at, ended) == (THERE, 200, [])
+    idle = table.begin(b"%010d" % 2, HERE, 100)
+    table.move(idle, THERE, 200)
+    assert table.take_changes() == ([], []), "one that is not active is nobody's business"
+
+
+def test_a_session_that_began_and_ended_since_is_said_to_have_ended() -> None:
+    table = table_of()
+    table.take_changes()
+    used(table, 1, now=0.0)
+    table.expire(IDLE_S)
+    assert table.take_changes() == ([], [b"%010d" % 1])
+    used(table, 2, now=100.0)
+    table.take_changes()
+    table.forget_idle()
+    used(table, 2, now=101.0)
+    began, ended = table.take_changes()
+    assert (names(began), ended) == ({b"2"}, []), "one that ended and began again has begun"
+
+
+def test_after_changes_are_forgotten_all_sessions_are_told_again() -> None:
+    table = table_of()
+    used(table, 1, now=0.0)
+    table.take_changes()
+    used(table, 2, now=0.0)
+    table.forget_changes()
+    used(table, 3, now=0.0)
+    began, ended = table.take_changes()
+    assert (names(began), ended) == ({b"1", b"2", b"3"}, [])
+    assert table.take_changes() == ([], [])
+
+
+def test_what_is_not_told_yet_is_counted_by_upstream() -> None:
+    table = table_of()
+    session = used(table, 1, now=0.0)
+    assert table.count_unreported(HERE) == 1, "nobody was told anything"
+    table.take_changes()
+    assert (table.count_unreported(HERE), table.count_unreported(THERE)) == (0, 0)
+    used(table, 2, now=0.0)
+    used(table, 3, now=0.0, digest=THERE)
+    assert (table.count_unreported(HERE), table.count_unreported(THERE)) == (1, 1)
+    table.move(session, THERE, 200)
+    assert (table.count_unreported(HERE), table.count_unreported(THERE)) == (0, 2)
+    table.take_changes()
+    table.expire(IDLE_S)
+    assert (table.count_unreported(HERE), table.count_unreported(THERE)) == (-1, -2), "less than was told"
+    table.take_changes()
+    assert (table.count_unreported(HERE), table.count_unreported(THERE)) == (0, 0)
+
+
+# Any order of events
+
+
 class Sessions(RuleBasedStateMachine):
     """The model: each session's upstream, and which session of a client is active since when."""
 
@@ -288,6 +407,7 @@ class Sessions(RuleBasedStateMachine):
         self.active: dict[bytes, Session] = {}
         self.since: dict[Session, float] = {}
         self.verified: dict[bytes, Session] = {}
+        self.told: dict[bytes, tuple[bytes, int]] = {}  # what one knows who takes each change
 
     @rule(seconds=st.sampled_from([1, 20, 61]))
     def wait(self, seconds: int) -> None:
@@ -350,6 +470,29 @@ class Sessions(RuleBasedStateMachine):
                 self.since[session] = self.now
             else:
                 del self.active[client]
+
+    @rule()
+    def tell(self) -> None:
+        began, ended = self.table.take_changes()
+        self.told |= {one.client_id: (one.digest, one.pinned_at) for one in began}
+        for client in ended:
+            self.told.pop(client, None)
+        assert self.told == {
+            client: (self.digest[session], self.pinned_at[session]) for client, session in self.active.items()
+        }
+        assert all(self.table.count_unreported(digest) == 0 for digest in (HERE, THERE, GONE))
+
+    @rule()
+    def tell_all_again(self) -> None:
+        self.table.forget_changes()
+        self.told.clear()
+        self.tell()
+
+    @invariant()
+    def what_is_not_told_is_the_difference(self) -> None:
+        told = Counter(digest for digest, _ in self.told.values())
+        for digest in (HERE, THERE, GONE):
+            assert self.table.count_unreported(digest) == self.table.counts.get(digest, 0) - told[digest]
 
     @invariant()
     def the_counts_are_those_of_the_model(self) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from tests.helpers.serving import REPOSITORY, Serving
 from tests.helpers.supervised import DEADLINE_S, HANDSHAKE, SECRET, Tunnel, until
 
 _COMMAND_S = 150.0
+_LOOK_S = 0.1
 _CLOSE = 0x88
 
 
@@ -141,6 +142,23 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.write(bytes((opcode, len(payload))) + payload)
 
 
+async def until_so(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until a condition holds that takes a while to look at; raise TimeoutError after the deadline."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not await condition():
+            await asyncio.sleep(_LOOK_S)
+
+
+def zombies_of(pid: int) -> set[int]:
+    """Return the children of a process that have ended and that it has not waited for."""
+    found = set()
+    for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        stat = Path(f"/proc/{one}/stat").read_text()
+        if stat.rpartition(") ")[2].startswith("Z"):
+            found.add(int(one))
+    return found
+
+
 def describe_body(body: bytes) -> bytes:
     """Return what an app says of a body that it received."""
     return f"{len(body)} {hashlib.sha256(body).hexdigest()}".encode()
@@ -190,6 +208,7 @@ class Proxy:
         self.control, self.hand_over = directory / f"{name}.c", directory / f"{name}.h"
         self.file = serving.home.parent / f"{name}.yaml"
         self.access_log = serving.home.parent / f"{name}.access.log"
+        self._clients: list[PlainClient] = []
 
     @property
     def pid(self) -> int:
@@ -279,12 +298,29 @@ class Proxy:
             if found == name and labels.items() <= dict(pairs).items()
         )
 
-    async def connect(self, *, context: ssl.SSLContext | None = None, port: int | None = None) -> PlainClient:
-        """Connect, over TLS where a context is given."""
-        async with asyncio.timeout(DEADLINE_S):
-            name = None if context is None else "localhost"
-            where = port or self.port
-            return PlainClient(*await asyncio.open_connection("127.0.0.1", where, ssl=context, server_hostname=name))
+    async def connect(self, where: int | str | None = None, context: ssl.SSLContext | None = None) -> PlainClient:
+        """Connect, over TLS where a context is given, until `leave` is called; to the first port, or elsewhere."""
+        if isinstance(where, str):
+            client = await PlainClient.connect(where)
+        else:
+            async with asyncio.timeout(DEADLINE_S):
+                name = None if context is None else "localhost"
+                streams = await asyncio.open_connection(
+                    "127.0.0.1", where or self.port, ssl=context, server_hostname=name
+                )
+            client = PlainClient(*streams)
+        self._clients.append(client)
+        return client
+
+    def leave(self) -> None:
+        """End all connections that were made."""
+        for client in self._clients:
+            client._writer.transport.abort()
+        self._clients.clear()
+
+    async def open_tunnel(self, cookie: str | None = None) -> Tunnel:
+        """Open a tunnel over a connection of its own."""
+        return await open_tunnel(await self.connect(), cookie)
 
     async def ask(self, path: str = "/", *, cookie: str | None = None) -> tuple[int, bytes]:
         """Ask over a connection of its own; return status and body."""
@@ -292,7 +328,8 @@ class Proxy:
         return answer.status, answer.body
 
     async def stop(self) -> None:
-        """Stop it as an operator does; it must end in order and leave nothing."""
+        """Stop it as an operator does, without clients; it must end in order and leave nothing."""
+        self.leave()
         os.kill(self.pid, signal.SIGTERM)
         assert await asyncio.to_thread(self.child.wait, DEADLINE_S) == 0, self.log
         await until(lambda: not self.processes, "no process of it is left")
@@ -331,6 +368,9 @@ class Stage:
     ) -> None:
         for app in self.apps:
             app.stop()
+        for proxy in self._proxies:
+            proxy.leave()
+        await asyncio.sleep(0)  # for the transports to close
         if error is not None:
             for proxy in self._proxies:
                 print(f"--- {proxy!r}\n{proxy.log}")

@@ -256,7 +256,7 @@ async def test_a_ping_to_a_blocked_side_keeps_its_place(start: Start) -> None:
     _, client, data = await fill(pair, is_down=True)
     (tunnel,) = pair.old.plane.tunnels
     ping = b"\x89\x08" + b"12345678"
-    tunnel.say(tunnel.client, ping)
+    tunnel.client.say(ping)
     before = tunnel.upstream.tail
     assert before is not None
     assert before.endswith(ping)

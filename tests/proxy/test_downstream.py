@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stickyproxy.config import Address
 from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.settings import Settings
 from stickyproxy.tasks import spawn
@@ -16,8 +15,6 @@ from tests.helpers.raw import GET, eventually, request
 from tests.helpers.tunnels import HANDSHAKE
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.helpers.plane import PlaneUnderTest, Start
 
 
@@ -154,19 +151,6 @@ async def test_a_kept_connection_is_closed_after_the_keep_alive_timeout(start: S
     assert (await client.read_response()).all("connection") == []
     assert await client.read_rest() == b""
     assert len(proxy.records) == 1
-
-
-async def test_a_lingering_connection_is_cut_after_the_linger_timeout(start: Start) -> None:
-    proxy = await start(linger_s=0.2)
-    client = await proxy.client()
-    client.send(b"\n")
-    assert (await client.read_response()).status == 400
-    (downstream,) = proxy.plane.downstreams
-    assert repr(downstream) == "<Downstream lingering>"
-    while proxy.plane.downstreams:
-        if not client.is_lost:
-            client.send(b"more that nobody reads")
-        await asyncio.sleep(0.01)
 
 
 # Pipelines
@@ -372,19 +356,6 @@ async def test_what_follows_connection_close_is_no_request(proxy: PlaneUnderTest
     assert app.held == b""
 
 
-async def test_a_client_that_goes_on_sending_can_read_the_answer(proxy: PlaneUnderTest) -> None:
-    client, app = await proxy.open(request("POST /", "Content-Length: 50000000"))
-    await app.read_message()
-    app.answer(b"too much", status="413 Content Too Large")
-    for _ in range(100):
-        client.send(b"x" * 100_000)
-        await asyncio.sleep(0)
-    response = await client.read_response()
-    assert (response.status, response["Connection"], response.body) == (413, "close", b"too much")
-    assert await client.read_rest() == b""
-    assert client.ending == "eof"
-
-
 async def test_a_stopping_plane_closes_idle_clients_and_lets_exchanges_end(proxy: PlaneUnderTest) -> None:
     idle = await proxy.client()
     client, app = await proxy.open(GET + request("GET /next"))
@@ -399,41 +370,6 @@ async def test_a_stopping_plane_closes_idle_clients_and_lets_exchanges_end(proxy
     assert await late.read_rest() == b""
     client.close()
     await proxy.plane.wait_until_empty()
-
-
-async def test_a_client_that_never_reads_does_not_hold_a_closed_connection_for_ever(start: Start) -> None:
-    proxy = await start(settings=Settings(buffer_bytes=1 << 26), send_s=0.2)
-    client, app = await proxy.open(request("GET /", "Connection: close"))
-    client.stop_reading()
-    await app.read_request()
-    app.answer(b"x" * 30_000_000)
-    await proxy.recorded()
-    await eventually(lambda: not proxy.plane.downstreams)
-    client.read_again()
-    assert len(await client.read_rest()) < 30_000_000
-
-
-@pytest.mark.parametrize("ending", ["closing", "lingering"])
-async def test_a_client_that_takes_its_response_slowly_gets_all_of_it(start: Start, ending: str) -> None:
-    proxy = await start(settings=Settings(buffer_bytes=1 << 26), send_s=1.0, linger_s=1.0)
-    client, app = await proxy.open(request("GET /", "Connection: close") + (GET if ending == "lingering" else b""))
-    client.stop_reading()
-    await app.read_request()
-    size = 30_000_000
-    app.answer(b"x" * size)
-    await proxy.recorded()
-    (downstream,) = proxy.plane.downstreams
-    unsent = downstream.transport.get_write_buffer_size()
-    assert unsent
-    deadline = downstream.deadline
-    while downstream.deadline == deadline:  # something of it goes, but not all, until its time was renewed
-        client.read_again()
-        await eventually(lambda: downstream.transport.get_write_buffer_size() < unsent)
-        client.stop_reading()
-        await eventually(lambda: downstream.deadline != deadline or not proxy.plane.downstreams)
-    assert proxy.plane.downstreams
-    client.read_again()
-    await eventually(lambda: client.received_bytes > size)
 
 
 # What passes through
@@ -475,17 +411,6 @@ async def test_a_tunnel_takes_the_connection_over(proxy: PlaneUnderTest) -> None
     assert (await client.read_message()).status == 101
     assert await app.read(5) == b"early"
     assert not proxy.plane.downstreams
-
-
-@pytest.mark.parametrize("is_unix", [False, True])
-async def test_a_broken_response_cuts_the_connection(proxy: PlaneUnderTest, tmp_path: Path, *, is_unix: bool) -> None:
-    client = await proxy.client(await proxy.listen(Address(path=str(tmp_path / "proxy.sock"))) if is_unix else None)
-    client.send(GET)
-    app = await proxy.upstream.accept()
-    await app.read_request()
-    app.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel").close()
-    assert not (await client.read_rest()).endswith(b"0\r\n\r\n")
-    assert client.ending == ("eof" if is_unix else "reset")
 
 
 async def test_a_head_in_too_many_pieces_is_refused(proxy: PlaneUnderTest) -> None:

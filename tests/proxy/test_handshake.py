@@ -14,7 +14,7 @@ import pytest
 
 from stickyproxy.config import ListenerTls
 from stickyproxy.control.certificates import make_listener_context
-from stickyproxy.proxy import tunnel as tunnel_module
+from stickyproxy.proxy import side as side_module
 from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.settings import Settings, Timeouts
 from stickyproxy.proxy.socket_state import count_taken
@@ -660,7 +660,7 @@ async def test_a_stopping_proxy_says_1001(proxy: PlaneUnderTest, trusting: ssl.S
 async def test_a_tunnel_whose_client_never_answers_close_notify_is_let_go(
     start: Start, server: ssl.SSLContext, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnel_module, "_FLUSH_S", 0.2)
+    monkeypatch.setattr(side_module, "_FLUSH_S", 0.2)
     proxy = await start(role=Role(tls=server), linger_s=0.2)
     client = await (await sealed(proxy, trusting)).open()
     client.link.send(client.seal(HANDSHAKE))

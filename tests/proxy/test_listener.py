@@ -136,7 +136,7 @@ async def test_a_listener_that_never_began_can_be_closed(proxy: PlaneUnderTest) 
         Listener(proxy.plane, link, LOOPBACK).close()
 
 
-async def test_a_unix_socket_listens_and_is_removed(start: Start, tmp_path: Path) -> None:
+async def test_a_unix_socket_listens_and_its_file_is_left_to_its_owner(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "proxy.sock"
     proxy = await start(settings=Settings(trusts_unix=True))
     listener = await proxy.listen(Address(path=str(path)))
@@ -151,7 +151,9 @@ async def test_a_unix_socket_listens_and_is_removed(start: Start, tmp_path: Path
     assert (await client.read_response()).body == b"hello"
     assert (await proxy.recorded()).client == "203.0.113.1"
     listener.close()
-    assert not path.exists()
+    assert path.exists()
+    with pytest.raises(ConnectionRefusedError):
+        await proxy.client(listener)
 
 
 async def test_ipv6_listens(proxy: PlaneUnderTest) -> None:
@@ -217,6 +219,31 @@ async def test_a_role_of_its_own_from_the_next_connection_on(proxy: PlaneUnderTe
     after = await proxy.client(listener)
     await after.read_rest()
     assert proxy.plane.counters.handshakes == {"proxy_protocol_refused": 1}
+
+
+async def test_another_role_and_other_settings_count_from_the_next_connection_on(start: Start) -> None:
+    proxy = await start()
+    listener = proxy.listeners[0]
+    before = await proxy.client()
+    before.send(b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.1\r\n\r\n")
+    app = await proxy.upstream.accept()
+    assert (await app.read_request())["X-Forwarded-For"] == "127.0.0.1"
+    app.answer()
+    await before.read_response()
+    proxy.plane.change_settings(Settings(trusted=(ip_network("127.0.0.0/8"),)))
+    kept = listener.forwarded_writer(transport(("127.0.0.1", 1)))
+    assert not kept.origin.is_trusted, "what is known of a client is shared, and so as it was"
+    listener.change_role(Role(redirect_to_https=8443))
+    assert listener.forwarded_writer(transport(("127.0.0.1", 1))).origin.is_trusted
+    after = await proxy.client()
+    after.send(GET)
+    assert (await after.read_response())["Location"].startswith("https://")
+    listener.change_role(Role())
+    named = await proxy.client()
+    named.send(b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.1\r\n\r\n")
+    assert (await app.read_request())["X-Forwarded-For"] == "203.0.113.1, 127.0.0.1"
+    app.answer()
+    assert (await named.read_response()).status == 200
 
 
 # Who the client is

@@ -6,23 +6,34 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+import pytest
 import uvloop
 
 from stickyproxy.affinity.snapshot import Rules, Snapshot
+from stickyproxy.config import Address, ListenerTls
+from stickyproxy.control.certificates import make_listener_context
 from stickyproxy.observe.counters import CONNECTIONS, LAG_BOUNDS_S
 from stickyproxy.proxy import plane as plane_module
+from stickyproxy.proxy.board import Board
+from stickyproxy.proxy.departure import depart
+from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.plane import Plane
-from stickyproxy.proxy.settings import Settings
+from stickyproxy.proxy.pool import PLACED_WINDOW_S
+from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
 from stickyproxy.tasks import spawn
+from stickyproxy.wire.cookies import CookieAttributes
+from stickyproxy.wire.head import HeadLimits
+from tests.helpers.certificates import Authority
+from tests.helpers.plane import LOOPBACK
 from tests.helpers.raw import GET, RawUpstream, eventually, request
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE, connect, the_tunnel
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.helpers.plane import PlaneUnderTest, Start
-
-HANDSHAKE = request("GET /", "Connection: Upgrade", "Upgrade: websocket")
-ACCEPT = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    from tests.helpers.raw import RawLink
 
 
 async def test_the_loop_is_the_one_of_production(proxy: PlaneUnderTest) -> None:
@@ -147,6 +158,47 @@ async def test_the_ends_of_waiting_until_empty(proxy: PlaneUnderTest) -> None:
     assert not waiting.done()
     client.reset()
     app.close()
+    await waiting
+
+
+async def test_waiting_until_all_are_gone_while_all_go_on(proxy: PlaneUnderTest) -> None:
+    plane = proxy.plane
+    await plane.wait_until_gone()
+    tunnel, app = await connect(proxy)
+    idle = await proxy.client()
+    await eventually(lambda: plane.connections == 2)
+    waiting = [spawn(plane.wait_until_gone(), "wait") for _ in range(2)]
+    idle.close()
+    await eventually(lambda: plane.connections == 1)
+    late, other = await proxy.open(GET)
+    await other.read_request()
+    tunnel.reset()
+    await app.read_rest()
+    await eventually(lambda: plane.connections == 1)
+    assert not any(task.done() for task in waiting), "who came meanwhile is waited for, too"
+    other.answer(b"served")
+    response = await late.read_response()
+    assert (response.body, "connection" in response) == (b"served", False)
+    assert not any(task.done() for task in waiting)
+    late.close()
+    await asyncio.gather(*waiting)
+    assert plane.connections == 0
+
+
+async def test_who_comes_just_after_the_last_has_gone_is_waited_for(proxy: PlaneUnderTest) -> None:
+    plane = proxy.plane
+    first = await proxy.client()
+    await eventually(lambda: plane.connections == 1)
+    waiting = spawn(plane.wait_until_gone(), "wait")
+    await asyncio.sleep(0)
+    (downstream,) = plane.downstreams
+    plane.downstreams.clear()
+    plane.on_closed()  # the last one; and before anybody is woken:
+    plane.downstreams.add(downstream)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    first.close()
     await waiting
 
 
@@ -282,3 +334,265 @@ async def test_a_plane_without_a_table_counts_in_memory_of_its_own(proxy: PlaneU
     plane.publish(Snapshot("default", (), Rules()), {})
     assert pool.is_closed
     plane.close()
+
+
+# Other settings
+
+
+async def serve(client: RawLink, app: RawLink) -> str:
+    """Let a client have an exchange; return the cookie that it gets."""
+    client.send(GET)
+    await app.read_request()
+    app.answer()
+    return (await client.read_response())["Set-Cookie"].partition(";")[0]
+
+
+async def test_the_same_settings_change_nothing(proxy: PlaneUnderTest) -> None:
+    reader = proxy.plane.cookie_reader
+    proxy.plane.change_settings(Settings())
+    assert proxy.plane.cookie_reader is reader
+    proxy.plane.change_settings(Settings(buffer_bytes=1000))
+    assert proxy.plane.cookie_reader is not reader
+
+
+async def test_other_settings_hold_from_the_next_request_on(proxy: PlaneUnderTest) -> None:
+    kept, app = await proxy.open(GET)
+    await app.read_request()
+    small = Settings(
+        head=HeadLimits(target_bytes=100), cookie=CookieAttributes(name="other"), timeouts=Timeouts(keep_alive_s=0.3)
+    )
+    proxy.plane.change_settings(small)
+    app.answer()
+    assert (await kept.read_response())["Set-Cookie"].startswith("other="), "written just now, so by the new ones"
+    kept.send(request("GET /" + "x" * 200))
+    assert (await kept.read_response()).status == 414
+    fresh = await proxy.client()
+    cookie = await serve(fresh, app)
+    assert cookie.startswith("other=")
+    fresh.send(request("GET /", f"Cookie: {cookie}; stickyproxy=mine"))
+    assert (await app.read_request())["Cookie"] == "stickyproxy=mine"
+    app.answer()
+    assert "set-cookie" not in await fresh.read_response()
+    assert await fresh.read_rest() == b"", "the time of keep-alive, too"
+
+
+async def test_a_tunnel_keeps_the_age_and_the_pings_that_it_was_opened_with(proxy: PlaneUnderTest) -> None:
+    await connect(proxy)
+    old = the_tunnel(proxy)
+    assert not proxy.plane._sweeps_tunnels
+    timeouts = Timeouts(tunnel_max_age_s=50.0, tunnel_idle_s=900.0, tunnel_max_age_jitter_percent=0)
+    proxy.plane.change_settings(Settings(timeouts=timeouts, pings=Pings(1.0, 1.0)))
+    assert proxy.plane._sweeps_tunnels
+    assert (old._ends_at, old._pinger) == (OFF, None)
+    await connect(proxy)
+    (new,) = proxy.plane.tunnels - {old}
+    assert new._ends_at <= proxy.plane.now + 50
+    assert new._pinger is not None
+    old.sweep(proxy.plane.now + 899)
+    assert not old.is_ending
+    old.sweep(proxy.plane.now + 901)
+    assert old.is_ending, "how long it may be idle is looked up each time"
+
+
+async def test_room_for_more_clients_lets_those_in_who_wait(start: Start) -> None:
+    proxy = await start(settings=Settings(connections=1))
+    await proxy.client()
+    await eventually(lambda: not proxy.plane.gate.is_open)
+    waiting = await proxy.client()
+    proxy.plane._ticker.cancel()  # so that nothing but the change can let it in
+    proxy.plane.change_settings(Settings(connections=2))
+    assert proxy.plane.gate.is_open
+    app = proxy.upstream.accept()
+    waiting.send(GET)
+    await (await app).read_request()
+
+
+async def test_another_limit_for_addresses_counts_who_is_there(start: Start, tmp_path: Path) -> None:
+    proxy = await start(settings=Settings(trusts_unix=True))
+    await connect(proxy)
+    (tunnel,) = proxy.plane.tunnels
+    await proxy.client()
+    await eventually(lambda: len(proxy.plane.downstreams) == 1)
+    behind = await proxy.listen(Address(path=str(tmp_path / "proxy.sock")), Role(proxy_protocol=True))
+    await proxy.client(behind)  # says nothing: who it is nobody knows
+    await eventually(lambda: len(proxy.plane.handshakes) == 1)
+    assert proxy.plane.addresses._counts == {}
+    proxy.plane.change_settings(Settings(trusts_unix=True, connections_per_address=3))
+    assert proxy.plane.addresses._counts == {"127.0.0.1": 2}
+    departure = depart(proxy.plane, tunnel)
+    assert departure is not None
+    proxy.plane.change_settings(Settings(trusts_unix=True, connections_per_address=2))
+    assert proxy.plane.addresses._counts == {"127.0.0.1": 2}, "one on its way to another process is here still"
+    refused = await proxy.client()
+    refused.send(GET)
+    assert (await refused.read_response()).status == 503
+    refused.close()
+    await eventually(lambda: proxy.plane.addresses._counts == {"127.0.0.1": 2})
+    await departure.parted
+    await departure.come_back()
+    proxy.plane.change_settings(Settings(trusts_unix=True, connections_per_address=2, buffer_bytes=1000))
+    assert proxy.plane.addresses._counts == {"127.0.0.1": 2}
+    proxy.plane.change_settings(Settings())
+    assert proxy.plane.addresses._counts == {}
+    proxy.plane.change_settings(Settings(trusts_unix=True, connections_per_address=2))
+
+
+# With other workers
+
+
+SHARED = Rules(is_shared=True)
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.create()
+    yield board
+    board.close()
+
+
+async def start_two(start: Start, board: Board, upstreams: int = 1) -> tuple[PlaneUnderTest, PlaneUnderTest]:
+    """Start two planes that share a board; their upstreams have the same ids."""
+    first, second = await start(upstreams, rules=SHARED), await start(upstreams, rules=SHARED)
+    for index, proxy in enumerate((first, second)):
+        proxy.plane.place = board.place(index)
+        proxy.plane.place.slots = {digest: slot for slot, digest in enumerate(sorted(proxy.plane.pools))}
+    return first, second
+
+
+def loads(*proxies: PlaneUnderTest) -> list[int]:
+    return [proxy.plane.load(proxy.plane.snapshot.upstreams[0]) for proxy in proxies]
+
+
+async def test_a_client_that_is_placed_counts_for_the_other_workers_at_once(start: Start, board: Board) -> None:
+    first, second = await start_two(start, board)
+    for proxy in (first, second):
+        proxy.plane._ticker.cancel()  # so that nothing is shared by it
+    pool = first.pool()
+    assert loads(first, second) == [0, 0]
+    first.plane.on_placed(pool)
+    assert loads(first, second) == [1, 1]
+    pool.strangers += 2
+    assert loads(first, second) == [3, 1], "others see the rest with the next tick"
+    first.plane._tick()
+    assert loads(first, second) == [3, 3]
+    pool.strangers -= 2
+    first.plane._tick()
+    for proxy in (first, second):
+        proxy.publish(Rules())
+    assert loads(first, second) == [1, 0], "who is alone counts alone"
+    first.plane._ticker.cancel()
+
+
+async def test_a_client_that_comes_back_to_another_worker_is_counted_once(start: Start, board: Board) -> None:
+    """By nobody twice, whether its session is reported or not, and whatever windows end."""
+    first, second = await start_two(start, board)
+    client, app = await first.open(GET)
+    await app.read_request()
+    app.answer()
+    cookie = (await client.read_response()).cookie
+    await eventually(lambda: loads(first, second) == [1, 1])
+    client, app = await second.open(request("GET /", f"Cookie: {cookie}"))
+    await app.read_request()
+    app.answer()
+    await client.read_response()
+    assert (second.pool().placed, second.plane.sessions.count_unreported(second.pool().digest)) == (-1, 1)
+    await eventually(lambda: loads(first, second) == [1, 1])
+    for proxy in (first, second):
+        proxy.plane._ticker.cancel()
+    assert loads(first, second) == [1, 1]
+    began, _ = second.plane.sessions.take_changes()
+    board.write_sessions(0, len(began))
+    second.plane._tick()
+    assert second.plane._beyond(second.pool()) == -1
+    assert loads(first, second) == [1, 1]
+    now = second.plane.now
+    for number in (1, 2):
+        for proxy in (first, second):
+            proxy.plane._ticker.cancel()
+            proxy.plane._sweep_pools(now + number * PLACED_WINDOW_S)
+            proxy.plane.on_tick = None
+            assert proxy.plane.place is not None
+            proxy.plane.place.write(proxy.pool().digest, proxy.plane._beyond(proxy.pool()))
+        assert loads(first, second) == [1, 1]
+    assert (first.pool().placed_before, second.pool().placed_before) == (0, 0)
+
+
+async def test_new_clients_of_two_workers_spread_as_those_of_one(start: Start, board: Board) -> None:
+    """Each places by what both have placed: no upstream gets the first client of each worker."""
+    first, second = await start_two(start, board, 4)
+    for proxy in (first, second, first, second):
+        client = await proxy.client()
+        client.send(GET)
+        before = len([one for one in proxy.upstreams if one.links])
+        await eventually(lambda proxy=proxy, before=before: len([u for u in proxy.upstreams if u.links]) > before)  # type: ignore[misc]
+    used = [{one.id for one in proxy.upstreams if one.links} for proxy in (first, second)]
+    assert [len(one) for one in used] == [2, 2]
+    assert used[0] | used[1] == {"app-1", "app-2", "app-3", "app-4"}
+
+
+async def test_windows_end_at_the_same_time_at_all_workers(
+    start: Start, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await start_two(start, board)
+    ends = {proxy.plane._next_window for proxy in (first, second)}
+    assert all(end % PLACED_WINDOW_S == 0 for end in ends)
+    assert max(ends) - min(ends) in {0, PLACED_WINDOW_S}, "of two that were started in different windows"
+    assert [plane_module._next_window(now) for now in (0.0, 4.9, 5.0, 12.0)] == [5.0, 5.0, 10.0, 15.0]
+    now = max(ends)
+    for proxy in (first, second):
+        proxy.pool().placed = 1
+        proxy.plane._sweep_pools(now)
+        proxy.plane._sweep_pools(now + 0.25)
+        assert (proxy.pool().placed, proxy.pool().placed_before) == (0, 1)
+        assert proxy.plane._next_window == now + PLACED_WINDOW_S
+
+
+async def test_a_tick_shares_what_was_not_reported_and_then_what_is_left(start: Start, board: Board) -> None:
+    """What `on_tick` reports is no longer beyond what all know, in the same tick."""
+    first, _ = await start_two(start, board)
+    first.plane._ticker.cancel()
+    first.plane.sessions.touch(first.plane.sessions.begin(b"0123456789", first.pool().digest, 0), first.plane.now)
+
+    def report() -> None:
+        began, _ = first.plane.sessions.take_changes()
+        board.write_sessions(0, len(began))
+
+    first.plane.on_tick = report
+    first.plane._tick()
+    first.plane._ticker.cancel()
+    assert loads(first) == [1]
+    assert board._cells[:2].tolist() == [1, 0]
+
+
+# While connections go to another process
+
+
+@pytest.mark.parametrize("is_leaving", [False, True])
+async def test_a_plane_that_is_left_closes_what_cannot_move_with_its_next_response(
+    start: Start, tmp_path: Path, *, is_leaving: bool
+) -> None:
+    authority = Authority(tmp_path)
+    certificate = authority.issue("localhost").section
+    proxy = await start()
+    tls = make_listener_context(ListenerTls.model_validate({"certificates": certificate}))
+    secured = await proxy.listen(LOOPBACK, Role(tls=tls))
+    plain, app = await proxy.open(GET)
+    await app.read_request()
+    client = await proxy.client(secured, tls=authority.client_context())
+    client.send(GET)
+    other = await proxy.upstream.accept()
+    await other.read_request()
+    proxy.plane.is_leaving = is_leaving
+    for link in (app, other):
+        link.answer(b"whole")
+    response = await plain.read_response()
+    assert (response.body, "connection" in response) == (b"whole", False), "this one moves"
+    response = await client.read_response()
+    assert response.body == b"whole"
+    assert ("connection" in response) is is_leaving
+    if is_leaving:
+        assert response["Connection"] == "close"
+        assert await client.read_rest() == b""
+    else:
+        client.send(GET)
+        await eventually(lambda: app.held or other.held)
