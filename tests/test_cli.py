@@ -19,7 +19,7 @@ from tests.helpers.json_schema import find_mistakes
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "config").glob("*.yaml"))
-COMMANDS = ("check", "demo", "schema", "serve", "version")
+COMMANDS = ("check", "demo", "reload", "schema", "serve", "upgrade", "version")
 
 
 def run(*arguments: str | Path) -> Result:

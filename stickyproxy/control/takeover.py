@@ -106,6 +106,8 @@ class HandOverListener:
                     await self._give_state(channel, message)
                 case "depart":
                     channel.answer(message, await self._let_depart(message))
+                case "done" if not self._has_state:
+                    raise ChannelError("whoever takes over has not asked for the state")
                 case "done":
                     await supervisor.hand_over_done()
                     channel.answer(message)

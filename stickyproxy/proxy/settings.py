@@ -1,4 +1,4 @@
-"""What the data plane is told once, when it starts: limits, timeouts, and how clients are named to upstreams."""
+"""What the data plane is told when it starts, and with each reload: limits, timeouts, how clients are named."""
 
 from __future__ import annotations
 

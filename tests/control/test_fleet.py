@@ -1,6 +1,7 @@
 """The workers together: how they start, what all of them know, and what becomes of one that dies."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -47,7 +48,10 @@ async def apps() -> AsyncIterator[Apps]:
 
 
 def sections(apps: Apps, **more: Any) -> dict[str, Any]:
-    return {"upstreams": [app.upstream for app in apps], "affinity": {"secrets": [SECRET], "policy": "round_robin"}} | more
+    return {
+        "upstreams": [app.upstream for app in apps],
+        "affinity": {"secrets": [SECRET], "policy": "round_robin"},
+    } | more
 
 
 class Running:
@@ -269,7 +273,7 @@ async def test_the_session_of_a_client_of_two_workers_outlives_one(apps: Apps) -
         await asyncio.wait_for(ask_until_both(), DEADLINE_S)
         gone = running_.fleet.links[0]
         kill(gone.process_id)
-        await until(lambda: gone.ended.done(), "it has ended")
+        await until(gone.ended.done, "it has ended")
         assert len(running_.fleet.registry) == 1
         await running_.replaced(gone)
 
@@ -302,7 +306,7 @@ async def test_one_that_cannot_start_again_is_tried_at_longer_and_longer_interva
             kill(gone.process_id)
             await until(lambda: len(launched_at) >= 5, "it was tried five times")
             assert await running_.ask(4) == {"a", "b"}  # the other goes on
-        pauses = [after - before for before, after in zip(launched_at, launched_at[1:], strict=False)]
+        pauses = [after - before for before, after in itertools.pairwise(launched_at)]
         assert pauses[0] >= 0.05
         assert min(pauses[1:]) >= 0.2
         await running_.replaced(gone)
@@ -380,9 +384,7 @@ async def test_a_state_that_is_about_to_be_published_reaches_the_one_that_replac
         assert await running_.ask(10) == {"b"}
 
 
-async def test_a_reload_meanwhile_counts_for_the_one_that_replaces(
-    apps: Apps, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_reload_meanwhile_counts_for_the_one_that_replaces(apps: Apps, monkeypatch: pytest.MonkeyPatch) -> None:
     async with started(apps, workers=1) as running_:
         is_prepared, may_go_on = hold_back(monkeypatch)
         [gone] = running_.fleet.links
@@ -404,7 +406,7 @@ async def test_nobody_is_replaced_while_it_stops(apps: Apps) -> None:
             [busy] = [link for link in running_.fleet if link.table.read().plane.connections]
             [other] = [link for link in running_.fleet if link is not busy]
             kill(other.process_id)
-            await until(lambda: other.ended.done(), "it has ended")
+            await until(other.ended.done, "it has ended")
             assert running_.fleet.links == [busy]
             for app in apps:
                 app.released.set()
@@ -447,7 +449,7 @@ async def test_all_or_none_work_by_other_orders(apps: Apps, monkeypatch: pytest.
         assert fleet.orders is before
         monkeypatch.setattr(Fleet, "_replace", lambda *_: asyncio.sleep(0))
         kill(fleet.links[1].process_id)  # the first must answer alone
-        await until(lambda: fleet.links[1].ended.done(), "the second has ended")
+        await until(fleet.links[1].ended.done, "the second has ended")
         async with asyncio.timeout(DEADLINE_S):
             assert (await ask(running_.port, "/", fields={"X-Long": "x" * 2000})).status == 200
 
@@ -515,6 +517,6 @@ async def test_metrics_show_what_became_of_workers(
 
 async def wait_for_metric(admin: Address, name: str, is_right: Callable[[float], bool]) -> float:
     async with asyncio.timeout(DEADLINE_S):
-        while not is_right(value := await read_metric(admin, name)):
+        while not is_right(value := await read_metric(admin, name)):  # noqa: ASYNC110 -- it is looked at from outside
             await asyncio.sleep(0.01)
     return value

@@ -19,7 +19,8 @@ from stickyproxy.proxy.endpoint import Endpoint
 
 TEXT = st.text(max_size=12)
 ADDRESSES = st.one_of(
-    st.builds(Address, TEXT, st.integers(0, 65535), is_tls=st.booleans()), st.builds(Address, path=TEXT.map("/{}".format))
+    st.builds(Address, TEXT, st.integers(0, 65535), is_tls=st.booleans()),
+    st.builds(Address, path=TEXT.map("/{}".format)),
 )
 UPSTREAMS = st.builds(
     Upstream,

@@ -553,3 +553,41 @@ def test_the_interval_varies_within_the_jitter(jitter: int, low: float, high: fl
     for end, expected in ((0, low), (1, high)):
         prober._uniform = lambda *bounds, end=end: bounds[end]
         assert prober._pause_s() == pytest.approx(expected)
+
+
+# Another prober in its place
+
+
+async def test_another_prober_counts_on_and_probes_what_was_added(bench: Bench) -> None:
+    app, other = await bench.app(), await bench.app()
+    bench.run(app.url, settings=CONNECT)
+    await until(lambda: bench.outcomes().get("passed", 0) >= 1)
+    former, counters = bench.prober, bench.prober.counters["app-1"]
+    config = Config.model_validate(
+        {
+            "upstreams": [{"id": "app-1", "url": app.url}, {"id": "app-2", "url": other.url}],
+            "health": {"probe": HTTP},
+        }
+    )
+    bench.routing.reload(config, {})
+    bench.prober = Prober(config.health, bench.routing, former.counters)
+    await former.stop()
+    passed = bench.outcomes()["passed"]
+    bench.prober.start()
+    await until(lambda: bench.outcomes()["passed"] >= passed + 2 and bench.outcomes("app-2").get("passed", 0) >= 2)
+    assert bench.prober.counters["app-1"] is counters
+    assert app.heads  # by the new settings
+
+
+async def test_an_upstream_that_is_removed_is_probed_no_more(bench: Bench) -> None:
+    app, other = await bench.app(), await bench.app()
+    bench.run(app.url, other.url, settings=CONNECT)
+    await until(lambda: bench.outcomes("app-2").get("passed", 0) >= 1)
+    bench.routing.reload(Config.model_validate({"upstreams": [{"id": "app-1", "url": app.url}]}), {})
+    count = bench.outcomes("app-2")["passed"]
+    await until(lambda: bench.outcomes("app-2")["passed"] > count)  # as long as it is leaving
+    bench.routing.drop(["app-2"])
+    count = sum(bench.outcomes("app-2").values())
+    passed = bench.outcomes()["passed"]
+    await until(lambda: bench.outcomes()["passed"] >= passed + 5)
+    assert sum(bench.outcomes("app-2").values()) <= count + 1  # one may have been under way

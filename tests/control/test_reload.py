@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from tests.helpers.supervised import (
 )
 
 TOKEN = "0123456789abcdef"
+LONG = {"X-Long": "x" * 2000}  # over the limits of SHORT
+SHORT = {"line": "1KiB", "head": "4KiB"}
 Apps = dict[str, App]
 
 
@@ -84,15 +86,13 @@ class Proxy:
         assert self.supervisor.reloader.outcomes["failed"] == failed + 1
         return str(error.value)
 
-    async def ask(self, cookie: str | None = None, **fields: str) -> Answer:
+    async def ask(self, cookie: str | None = None) -> Answer:
         """Ask over a connection of its own."""
-        if cookie is not None:
-            fields["Cookie"] = cookie
-        return await ask(self.port, "/", fields=fields)
+        return await ask(self.port, "/", fields={} if cookie is None else {"Cookie": cookie})
 
-    async def ask_all(self, count: int = 24, **fields: str) -> set[str]:
+    async def ask_all(self, count: int = 24, fields: Mapping[str, str] | None = None) -> set[str]:
         """Let new clients ask, over a connection each, so that both workers answer; return who answered."""
-        answers = [await self.ask(**fields) for _ in range(count)]
+        answers = [await ask(self.port, "/", fields=fields) for _ in range(count)]
         assert {answer.status for answer in answers} == {200}
         return {answer.body.decode() for answer in answers}
 
@@ -161,7 +161,7 @@ async def test_a_file_that_says_the_same_changes_nothing(proxy: Proxy) -> None:
 async def test_what_changes_is_told_logged_and_counted(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     before = proxy.supervisor.reloader.succeeded_at
-    changes = await proxy.reload(limits={"line": "1KiB", "head": "4KiB"}, grace="59m")
+    changes = await proxy.reload(limits=SHORT, grace="59m")
     assert changes == ["limits.head: 128KiB -> 4KiB", "limits.line: 64KiB -> 1KiB", "grace: 1h -> 59m"]
     for change in changes:
         assert f"reloaded: {change}" in caplog.messages
@@ -252,7 +252,7 @@ async def test_an_upstream_that_is_removed_keeps_its_clients_and_tunnels_until_i
 
 async def wait_until_gone(proxy: Proxy, upstream_id: str) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while upstream_id in await read_state(proxy.admin):
+        while upstream_id in await read_state(proxy.admin):  # noqa: ASYNC110 -- it is looked at from outside
             await asyncio.sleep(0.05)
 
 
@@ -331,9 +331,7 @@ async def test_an_upstream_begins_to_speak_tls(tmp_path: Path, apps: Apps) -> No
 
 
 async def test_the_policy_is_another(proxy: Proxy) -> None:
-    assert await proxy.reload(**affinity(policy="least_sessions")) == [
-        "affinity.policy: round_robin -> least_sessions"
-    ]
+    assert await proxy.reload(**affinity(policy="least_sessions")) == ["affinity.policy: round_robin -> least_sessions"]
     assert proxy.supervisor.routing.snapshot.rules.policy == "least_sessions"
     assert await proxy.ask_all() == {"a", "b"}
 
@@ -410,12 +408,11 @@ async def test_the_secret_that_was_made_at_the_start_stays(tmp_path: Path, apps:
 
 async def test_limits_are_others_on_open_connections_too(proxy: Proxy) -> None:
     clients = [await proxy.client() for _ in range(8)]
-    long = {"X-Long": "x" * 2000}
-    assert {(await client.ask("/", fields=long)).status for client in clients} == {200}
-    await proxy.reload(limits={"line": "1KiB", "head": "4KiB"})
-    assert {(await client.ask("/", fields=long)).status for client in clients} == {431}
+    assert {(await client.ask("/", fields=LONG)).status for client in clients} == {200}
+    await proxy.reload(limits=SHORT)
+    assert {(await client.ask("/", fields=LONG)).status for client in clients} == {431}
     await proxy.reload(limits={})
-    assert await proxy.ask_all(**long) == {"a", "b"}
+    assert await proxy.ask_all(fields=LONG) == {"a", "b"}
 
 
 async def test_timeouts_are_others_for_what_begins_now(proxy: Proxy) -> None:
@@ -428,24 +425,19 @@ async def test_timeouts_are_others_for_what_begins_now(proxy: Proxy) -> None:
 
 async def test_proxies_are_trusted_from_now_on(proxy: Proxy) -> None:
     seen = {"X-Forwarded-For": "203.0.113.7"}
-    await proxy.ask_all(**seen)
+    await proxy.ask_all(fields=seen)
     assert not any("203.0.113.7" in head for app in proxy.apps.values() for head in app.heads)
     await proxy.reload(trusted_proxies=["127.0.0.0/8"])
     for app in proxy.apps.values():
         app.heads.clear()
-    await proxy.ask_all(**seen)
+    await proxy.ask_all(fields=seen)
     heads = [head for app in proxy.apps.values() for head in app.heads if "User-Agent: stickyproxy" not in head]
     assert heads
     assert all("203.0.113.7" in head for head in heads)
 
 
-async def test_the_log_level_is_another_in_all_processes(
-    capfd: pytest.CaptureFixture[str],  # first: the workers inherit what it looks at
-    proxy: Proxy,
-) -> None:
-    """The supervisor's is that of this process; a worker logs at the level `warning` what it cuts in the end."""
-    await proxy.reload(log_level="error", grace="0s")
-    assert logging.getLogger().level == logging.ERROR
+async def cut(proxy: Proxy, capfd: pytest.CaptureFixture[str]) -> str:
+    """Stop while a request is under way, without grace; return what the workers print, who warn of what they cut."""
     client = await proxy.client()
     client.send("/hold")
     await until(lambda: any(app.has_request.is_set() for app in proxy.apps.values()), "it has arrived")
@@ -454,21 +446,23 @@ async def test_the_log_level_is_another_in_all_processes(
     with pytest.raises(AbortedError):
         await client.receive()
     await until(lambda: not any(map(is_running, pids(proxy.supervisor))), "the workers have ended")
-    assert "the grace period is over" not in capfd.readouterr().err
+    return capfd.readouterr().err
 
 
-async def test_the_grace_is_another(capfd: pytest.CaptureFixture[str], proxy: Proxy) -> None:
-    """The control of the test above: at the level as it was, the warning is there."""
-    await proxy.reload(grace="0s")
-    client = await proxy.client()
-    client.send("/hold")
-    await until(lambda: any(app.has_request.is_set() for app in proxy.apps.values()), "it has arrived")
-    proxy.supervisor.stop()
-    with pytest.raises(AbortedError):
-        await client.receive()
-    await until(lambda: not any(map(is_running, pids(proxy.supervisor))), "the workers have ended")
-    said = capfd.readouterr()
-    assert "the grace period is over" in said.err, said
+async def test_the_grace_is_another(tmp_path: Path, apps: Apps, capfd: pytest.CaptureFixture[str]) -> None:
+    async with started(tmp_path, apps) as proxy:
+        await proxy.reload(grace="0s")
+        assert "the grace period is over" in await cut(proxy, capfd)
+
+
+async def test_the_log_level_is_another_in_all_processes(
+    tmp_path: Path, apps: Apps, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The supervisor's is that of this process; that of the workers shows in what they do not say."""
+    async with started(tmp_path, apps, grace="0s") as proxy:
+        await proxy.reload(log_level="error")
+        assert logging.getLogger().level == logging.ERROR
+        assert "the grace period is over" not in await cut(proxy, capfd)
 
 
 async def test_the_access_log_is_another(tmp_path: Path, apps: Apps) -> None:
@@ -575,7 +569,9 @@ async def test_a_listener_begins_and_ends_to_speak_tls(proxy: Proxy, tmp_path: P
     await proxy.reload(listeners=[{"address": "127.0.0.1:0", "tls": tls}])
     context = ssl.create_default_context(cafile=str(authority.file))
     for _ in range(12):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, ssl=context, server_hostname="localhost")
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", proxy.port, ssl=context, server_hostname="localhost"
+        )
         async with PlainClient(reader, writer) as secure:
             answer = await secure.ask("/")
             assert answer.status == 200
@@ -590,10 +586,14 @@ async def test_a_listener_begins_and_ends_to_speak_tls(proxy: Proxy, tmp_path: P
 # The admin listener
 
 
+def has_file(address: Address) -> bool:
+    return Path(address.path).exists()
+
+
 async def test_the_admin_listener_moves_and_gets_a_token(proxy: Proxy, tmp_path: Path) -> None:
     first, second = proxy.admin, Address(path=str(tmp_path / "other.sock"))
     await proxy.reload(admin={"address": str(second)})
-    assert not Path(first.path).exists()
+    assert not has_file(first)
     assert (await read_admin(second, "/api/v1/state"))[0] == 200
     await proxy.reload(admin={"address": str(second), "token": TOKEN})
     assert (await read_admin(second, "/api/v1/state"))[0] == 401
@@ -603,7 +603,7 @@ async def test_the_admin_listener_moves_and_gets_a_token(proxy: Proxy, tmp_path:
     assert changes == ["admin.token: changed"]
     assert (await read_admin(second, "/api/v1/state", TOKEN))[0] == 401
     await proxy.reload(admin=False)
-    assert not Path(second.path).exists()
+    assert not has_file(second)
     await proxy.reload(admin={"address": str(first)})
     assert (await read_admin(first, "/api/v1/state"))[0] == 200
 
@@ -637,15 +637,17 @@ async def test_more_and_fewer_workers(proxy: Proxy) -> None:
     assert proxy.supervisor.fleet.restarts == 0
 
 
+def count_held(apps: Apps) -> int:
+    return sum(head.startswith("GET /hold") for app in apps.values() for head in app.heads)
+
+
 async def test_a_request_under_way_is_finished_by_a_worker_that_goes(proxy: Proxy) -> None:
     clients = [await proxy.client() for _ in range(12)]
     for client in clients:
         client.send("/hold")
-    apps = proxy.apps.values()
-    held = lambda: sum(head.startswith("GET /hold") for app in apps for head in app.heads)  # noqa: E731
-    await until(lambda: held() == 12, "all have arrived")
+    await until(lambda: count_held(proxy.apps) == len(clients), "all have arrived")
     await proxy.reload(workers=1)
-    for app in apps:
+    for app in proxy.apps.values():
         app.released.set()
     assert {(await client.receive()).status for client in clients} == {200}
     await until(lambda: not proxy.supervisor.fleet.leaving, "it has ended")
@@ -653,7 +655,9 @@ async def test_a_request_under_way_is_finished_by_a_worker_that_goes(proxy: Prox
         try:
             assert (await client.ask("/")).status == 200
         except (AbortedError, ConnectionError):
-            raise AssertionError("an idle connection was closed with its worker, instead of being handed over") from None
+            raise AssertionError(
+                "an idle connection was closed with its worker, instead of being handed over"
+            ) from None
 
 
 async def test_a_listener_is_closed_by_workers_too_that_are_leaving(proxy: Proxy) -> None:
@@ -661,26 +665,22 @@ async def test_a_listener_is_closed_by_workers_too_that_are_leaving(proxy: Proxy
     clients = [await proxy.client() for _ in range(12)]
     for client in clients:
         client.send("/hold")
-    apps = proxy.apps.values()
-    await until(
-        lambda: sum(head.startswith("GET /hold") for app in apps for head in app.heads) == 12, "all have arrived"
-    )
+    await until(lambda: count_held(proxy.apps) == len(clients), "all have arrived")
     before = proxy.port
     await proxy.reload(workers=1)
     assert proxy.supervisor.fleet.leaving, "the test needs one that cannot end yet"
     await proxy.reload(listeners=[f"127.0.0.1:{free_port()}"])
-    assert can_listen(before)
-    for app in apps:
+    is_closed = can_listen(before)
+    for app in proxy.apps.values():
         app.released.set()
+    assert is_closed
     assert {(await client.receive()).status for client in clients} == {200}
 
 
 # What changes nothing
 
 
-async def test_a_broken_file_changes_nothing_and_names_the_line(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_broken_file_changes_nothing_and_names_the_line(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     tunnel = await proxy.tunnel()
     text = proxy.file.path.read_text()
     proxy.file.path.write_text(f"{text}limits:\n  body: 5 parsecs\nnonsense: 1\n")
@@ -715,30 +715,30 @@ async def test_a_file_that_cannot_be_served_changes_nothing(proxy: Proxy, what: 
 
 
 async def test_an_address_that_cannot_be_bound_changes_nothing(proxy: Proxy, tmp_path: Path) -> None:
-    free, path, wanted = free_port(), tmp_path / "proxy.sock", {"line": "1KiB", "head": "4KiB"}
+    free, path = free_port(), tmp_path / "proxy.sock"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         listeners = [f"127.0.0.1:{free}", f"unix:{path}", taken]
-        assert f"cannot listen on {taken}" in await proxy.refused(listeners=listeners, limits=wanted)
+        assert f"cannot listen on {taken}" in await proxy.refused(listeners=listeners, limits=SHORT)
         assert can_listen(free)
         assert not path.exists()
         said = await proxy.refused(listeners=["127.0.0.1:0"], admin={"address": taken})
         assert f"cannot listen on {taken}" in said
-    assert await proxy.ask_all(**{"X-Long": "x" * 2000}) == {"a", "b"}
+    assert await proxy.ask_all(fields=LONG) == {"a", "b"}
     assert (await read_admin(proxy.admin, "/readyz"))[0] == 200
 
 
 async def test_an_access_log_that_cannot_be_opened_changes_nothing(proxy: Proxy, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere" / "access.log"
-    port, wanted = free_port(), {"line": "1KiB", "head": "4KiB"}
+    port = free_port()
     said = await proxy.refused(
-        access_log={"path": str(missing)}, listeners=["127.0.0.1:0", f"127.0.0.1:{port}"], limits=wanted
+        access_log={"path": str(missing)}, listeners=["127.0.0.1:0", f"127.0.0.1:{port}"], limits=SHORT
     )
     assert str(missing) in said
     assert can_listen(port)
-    assert await proxy.ask_all(**{"X-Long": "x" * 2000}) == {"a", "b"}
+    assert await proxy.ask_all(fields=LONG) == {"a", "b"}
 
 
 @pytest.mark.parametrize("where", ["listener", "upstream"])
@@ -767,10 +767,10 @@ async def test_a_secret_that_cannot_be_kept_changes_nothing(proxy: Proxy, tmp_pa
 
 
 async def test_what_needs_a_restart_says_so_and_changes_nothing(proxy: Proxy, tmp_path: Path) -> None:
-    said = await proxy.refused(control=str(tmp_path / "control.sock"), limits={"line": "1KiB", "head": "4KiB"})
+    said = await proxy.refused(control=str(tmp_path / "control.sock"), limits=SHORT)
     assert said.startswith("control: ")
     assert "restart the proxy" in said
-    assert await proxy.ask_all(**{"X-Long": "x" * 2000}) == {"a", "b"}
+    assert await proxy.ask_all(fields=LONG) == {"a", "b"}
 
 
 async def test_a_worker_that_refuses_changes_nothing(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,14 +785,12 @@ async def test_a_worker_that_refuses_changes_nothing(proxy: Proxy, monkeypatch: 
         return await request(kind, *given, **more)
 
     monkeypatch.setattr(proxy.supervisor.fleet.links[1].channel, "request", refuse)
-    said = await proxy.refused(
-        listeners=[f"127.0.0.1:{port}"], limits={"line": "1KiB", "head": "4KiB"}, upstreams=[proxy.apps["c"].upstream]
-    )
+    said = await proxy.refused(listeners=[f"127.0.0.1:{port}"], limits=SHORT, upstreams=[proxy.apps["c"].upstream])
     assert "a worker cannot work by it" in said
     assert can_listen(port)
     links = proxy.supervisor.fleet.links
     before = [link.table.read().plane.connections for link in links]
-    assert await proxy.ask_all(60, **{"X-Long": "x" * 2000}) == {"a", "b"}
+    assert await proxy.ask_all(60, fields=LONG) == {"a", "b"}
     after = [link.table.read().plane.connections for link in links]
     assert all(now > then for now, then in zip(after, before, strict=True)), "both workers still accept"
     await tunnel.echo()

@@ -15,7 +15,8 @@ import pytest
 from stickyproxy.config import Address, Loaded, load_text
 from stickyproxy.control.admin.app import AdminListener
 from stickyproxy.control.fleet import Fleet
-from stickyproxy.control.supervisor import Supervisor, count_workers, find_secrets, serve
+from stickyproxy.control.process import count_workers
+from stickyproxy.control.supervisor import Supervisor, find_secrets, serve
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy.listener import bind
 from tests.helpers.plain_client import AbortedError, PlainClient, ask
@@ -158,7 +159,7 @@ async def test_the_admin_listener_reads_what_runs(tmp_path: Path, upstream: App)
         [shown] = (await read_state(admin)).values()
         assert shown["address"] == upstream.url.removeprefix("http://")
         async with asyncio.timeout(DEADLINE_S):
-            while not await read_metric(admin, "exchanges_total", status_class="2xx"):
+            while not await read_metric(admin, "exchanges_total", status_class="2xx"):  # noqa: ASYNC110 -- from outside
                 await asyncio.sleep(0.01)
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
@@ -188,7 +189,7 @@ async def test_what_the_data_plane_finds_dead_is_known_to_the_control_plane(tmp_
         assert (await read_admin(admin, "/readyz"))[0] == 200
         assert (await ask(port_of(supervisor), "/")).status == 503
         async with asyncio.timeout(DEADLINE_S):
-            while (answer := await read_admin(admin, "/readyz"))[0] == 200:
+            while (answer := await read_admin(admin, "/readyz"))[0] == 200:  # noqa: ASYNC110 -- from outside
                 await asyncio.sleep(0.01)
         assert answer == (503, b"no upstream can be used: 1 refuse connections, 0 in maintenance\n")
 

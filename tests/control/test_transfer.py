@@ -39,7 +39,7 @@ HELLO = frame(b"hello", is_masked=True)
 
 def worker_of(proxy: PlaneUnderTest) -> Worker:
     """Return what of a worker is needed here: the plane and its listeners."""
-    listeners = {number: listener for number, listener in enumerate(proxy.listeners)}
+    listeners = dict(enumerate(proxy.listeners))
     return cast("Worker", SimpleNamespace(plane=proxy.plane, listeners=listeners))
 
 
@@ -50,6 +50,7 @@ class Transfer:
         self.pair, self.old, self.new = pair, pair.old, pair.new
         self.ends = socket.socketpair()
         self._channels: list[Channel] = []
+        self._receivers: list[Receiver] = []
 
     def sender(self) -> Sender:
         sender = Sender(worker_of(self.old), self.ends[0])
@@ -58,6 +59,7 @@ class Transfer:
 
     def receiver(self) -> Receiver:
         receiver = Receiver(worker_of(self.new), self.ends[1])
+        self._receivers.append(receiver)
         self._channels.append(receiver._channel)
         return receiver
 
@@ -78,10 +80,14 @@ class Transfer:
     def count_no_more(self) -> None:
         """Leave out the last checks of both planes: a process that ends records nothing of what ends with it."""
         self.pair._is_settled = True
+        for link in [*self.old._clients, *self.old.upstream.links]:
+            link.reset()
 
     def close(self) -> None:
         for channel in self._channels:
             channel.close()
+        for receiver in self._receivers:
+            receiver._on_lost("the test has ended")
         for link in self.ends:
             link.close()
 
@@ -270,30 +276,32 @@ async def test_sessions_that_nobody_took_stay() -> None:
 # The receiver ends
 
 
-def hang_up(channel: Channel, message: Message) -> None:
+def end_process(channel: Channel, message: Message) -> None:
     """End as a process does: all that it has is closed."""
     message.close()
     channel.close()
 
 
-def answer_and_end(channel: Channel, message: Message) -> None:
+def end_instead_of_an_answer(channel: Channel, message: Message) -> None:
+    if message.kind == "connections":
+        end_process(channel, message)
+    channel.answer(message)
+
+
+def end_behind_the_answer(channel: Channel, message: Message) -> None:
     channel.answer(message)
     if message.kind == "connections":
-        hang_up(channel, message)
+        end_process(channel, message)
 
 
-def answer_and_end_at_go(channel: Channel, message: Message) -> None:
-    if message.kind == "go":
-        hang_up(channel, message)
-    else:
-        kept.extend(message.take_descriptors())
+def never_answer(channel: Channel, message: Message) -> None:
+    if message.kind != "connections":
         channel.answer(message)
 
 
-kept: list[int] = []
-
-
-@pytest.mark.parametrize("end", [hang_up, answer_and_end], ids=["before its answer", "before it hears go"])
+@pytest.mark.parametrize(
+    "end", [end_instead_of_an_answer, end_behind_the_answer], ids=["before its answer", "before it hears go"]
+)
 @on_uvloop
 async def test_the_receiver_ends_before_it_is_told_to_go(end: Callable[[Channel, Message], None]) -> None:
     """All stays here."""
@@ -303,7 +311,7 @@ async def test_the_receiver_ends_before_it_is_told_to_go(end: Callable[[Channel,
         for session in list(transfer.old.sessions._active.values()):
             session.active_at -= 1
         sender = transfer.sender()
-        transfer.peer(1, lambda channel, message: end(channel, message))
+        transfer.peer(1, end)
         with pytest.raises(ChannelError):
             await sender.send()
         await sender.close()
@@ -319,11 +327,19 @@ async def test_the_receiver_ends_after_it_was_told_to_go() -> None:
     async with two_workers() as transfer:
         client, app = await connect(transfer.old)
         sender = transfer.sender()
-        transfer.peer(1, answer_and_end_at_go)
+        kept = list[int]()
+
+        def take_and_end_at_go(channel: Channel, message: Message) -> None:
+            kept.extend(message.take_descriptors())
+            channel.answer(message)
+            if message.kind == "go":
+                end_process(channel, message)
+                while kept:
+                    os.close(kept.pop())
+
+        transfer.peer(1, take_and_end_at_go)
         assert await sender.send() == Counter()
         await transfer.reach(0, 0)
-        while kept:
-            os.close(kept.pop())
         await ended(client, app)
         transfer.count_no_more()
 
@@ -335,7 +351,7 @@ async def test_a_receiver_that_never_answers_is_given_up(monkeypatch: pytest.Mon
         client, app = await connect(transfer.old)
         fill = len(transfer.old.sessions)
         sender = transfer.sender()
-        transfer.peer(1, lambda channel, message: channel.answer(message) if message.kind == "sessions" else None)
+        transfer.peer(1, never_answer)
         with pytest.raises(ChannelError, match=r"no answer within 0\.1 s"):
             await sender.send()
         await transfer.reach(1, 0)
@@ -373,9 +389,15 @@ async def test_the_grace_that_is_over_in_the_middle_of_a_batch(monkeypatch: pyte
         await app.read_request()
         sender = transfer.sender()
         asked = list[Message]()
-        transfer.peer(1, lambda channel, message: asked.append(message) if message.kind == "connections" else None)
+
+        def note(channel: Channel, message: Message) -> None:
+            never_answer(channel, message)
+            if message.kind == "connections":
+                asked.append(message)
+
+        transfer.peer(1, note)
         assert await sender.send() == {"exchange": 1}
-        finishing = spawn(sender.finish(0.3), "finish")
+        finishing = spawn(sender.finish(3), "finish")
         app.send(ACCEPT)
         assert (await client.read_message()).status == 101
         await eventually(lambda: asked)
@@ -542,6 +564,7 @@ async def test_a_second_batch_before_the_first_has_gone_on_is_refused() -> None:
         sender = transfer.peer(0)
         departure, good = await part(transfer)
         first = spawn(sender.request("connections", good, departure.descriptors), "first")
+        await asyncio.sleep(0)
         with pytest.raises(ChannelError, match="before these"):
             await sender.request("connections", good, departure.descriptors)
         assert (await first).body == {}
@@ -604,10 +627,10 @@ async def test_one_that_cannot_go_on_does_not_keep_the_others(monkeypatch: pytes
         assert await sender.send() == Counter()
         await eventually(lambda: len(gone) == 3)
         await transfer.reach(0, 2)
-        transfer.count_no_more()
         lost = 0
         for client, app in tunnels:
             client.send(HELLO)
             await eventually(lambda app=app, client=client: client.is_over or len(app.held) == len(HELLO))  # type: ignore[misc]
             lost += client.is_over
         assert lost == 1
+        transfer.count_no_more()

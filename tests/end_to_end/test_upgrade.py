@@ -16,7 +16,6 @@ import pytest
 from tests.bench.operations.tree import ports_held
 from tests.helpers.certificates import Authority
 from tests.helpers.operated import (
-    DEADLINE_S,
     GatedApp,
     Proxy,
     Stage,
@@ -28,7 +27,7 @@ from tests.helpers.operated import (
 )
 from tests.helpers.plain_client import AbortedError, PlainClient
 from tests.helpers.processes import free_port
-from tests.helpers.supervised import until
+from tests.helpers.supervised import DEADLINE_S, until
 
 UPGRADES = 3
 BODY = bytes(range(256)) * 400
@@ -114,6 +113,7 @@ async def test_what_is_known_and_counted_goes_on(stage: Stage) -> None:
     proxy = await stage.serve(
         app, drained, upstreams=[app.upstream, drained.upstream, gone], health={"probe": {"interval": "1s"}}
     )
+    cookie = None
     for _ in range(5):
         async with await proxy.connect() as client:
             cookie = (await client.ask("/")).cookie
@@ -570,10 +570,7 @@ PREPARE = (
     "        prepared, self._prepared = self._prepared, []\n        for arrival in prepared:\n            try:\n",
 )
 BATCH = ("control/transfer.py", "        if self._is_preparing or self._prepared:\n")
-START = (
-    "control/worker_process.py",
-    "        worker.add_listeners(_read_links(body, links), _make_contexts(config))\n",
-)
+START = ("control/worker_process.py", "        tune_collector()\n")
 
 
 async def hold_connections(proxy: Proxy, count: int) -> tuple[list[PlainClient], list[Any]]:

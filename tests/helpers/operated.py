@@ -145,7 +145,9 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def until_so(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait until a condition holds that takes a while to look at; raise TimeoutError after the deadline."""
     async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
+        while True:
+            if await condition():
+                return
             await asyncio.sleep(_LOOK_S)
 
 
@@ -349,6 +351,11 @@ async def open_tunnel(client: PlainClient, cookie: str | None = None) -> Tunnel:
     return Tunnel(client, fields)
 
 
+def _first_port(listeners: Sequence[Any]) -> int:
+    first = listeners[0]
+    return int((first if isinstance(first, str) else first["address"]).rpartition(":")[2])
+
+
 class Stage:
     """Everything that one test runs: apps, proxies, and a directory whose path is short enough for sockets."""
 
@@ -409,6 +416,8 @@ class Stage:
             self._children, {**sections, **more}, name=name, options=options, env={"PYTHONPATH": str(root)}
         )
         proxy = Proxy(serving, self.short, root, name)
+        if "listeners" in more:
+            proxy.port = _first_port(more["listeners"])
         self._proxies.append(proxy)
         return proxy
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from stickyproxy.affinity.snapshot import upstream_digest
 from stickyproxy.config import Config, ConfigSource, Loaded
@@ -11,10 +11,12 @@ from stickyproxy.control.fleet import Fleet, Orders
 from stickyproxy.control.probe import Prober
 from stickyproxy.control.readings import Readings
 from stickyproxy.control.routing import Routing
-from stickyproxy.control.supervisor import Supervisor
-from stickyproxy.control.worker_link import WorkerLink
 from stickyproxy.observe.counters import UpstreamCounters
 from stickyproxy.observe.table import Table
+
+if TYPE_CHECKING:
+    from stickyproxy.control.supervisor import Supervisor
+    from stickyproxy.control.worker_link import WorkerLink
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
     """Wait until a condition holds; raise AssertionError with `what` after the deadline."""
     try:
         async with asyncio.timeout(DEADLINE_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 -- the condition may lie in another process
                 await asyncio.sleep(0.01)
     except TimeoutError:
         raise AssertionError(f"after {DEADLINE_S:g} s still not: {what}") from None

@@ -25,10 +25,13 @@ async def test_a_lingering_connection_is_cut_after_the_linger_timeout(start: Sta
     assert (await client.read_response()).status == 400
     (downstream,) = proxy.plane.downstreams
     assert repr(downstream) == "<Downstream lingering>"
-    while proxy.plane.downstreams:
+
+    def goes_on() -> bool:
         if not client.is_lost:
             client.send(b"more that nobody reads")
-        await asyncio.sleep(0.01)
+        return not proxy.plane.downstreams
+
+    await eventually(goes_on, look_s=0.01)
 
 
 async def test_a_client_that_goes_on_sending_can_read_the_answer(proxy: PlaneUnderTest) -> None:

@@ -23,7 +23,7 @@ from stickyproxy.proxy.side import Side
 from stickyproxy.proxy.socket_state import is_reset
 from stickyproxy.proxy.tunnel import Tunnel
 from tests.helpers.raw import DEADLINE_S, GET, eventually, request
-from tests.helpers.tunnels import ACCEPT, HANDSHAKE, connect, frame
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE, connect, frame, the_tunnel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 TUNNELS = 600  # 1,200 connections that are always ready, more than a round
 BOUND = CALM + 3 * ROUND  # reads in a turn: until a crowd shows, until fewer than a round are ready, and a last round
+
+BODY = bytes(range(256)) * 80_000  # 20 MB: more than the kernel takes
 
 # The crowd by itself
 
@@ -209,18 +211,6 @@ class _Far:
         """Take the one message that is under way; it blocks for the kernel only: what the proxy wrote is written."""
         assert self.receiver.recv(65536) == self.expected
 
-    def flood(self) -> int:
-        """Send until nothing more is taken, and return how many bytes that was."""
-        sent, piece = 0, frame(b"x" * 60_000, 2, is_masked=self.is_client)
-        self.sender.setblocking(False)
-        try:
-            while True:
-                sent += self.sender.send(piece[sent % len(piece) :])
-        except BlockingIOError:
-            return sent
-        finally:
-            self.sender.settimeout(DEADLINE_S)
-
 
 class _Site:
     """Tunnels whose far ends answer at once, and how much is read between two turns of the loop."""
@@ -232,8 +222,6 @@ class _Site:
         self.count = 0
         self.limit = 0  # messages in all, after which nobody sends another
         self.per_turn: Counter[int] = Counter()
-        self.on_message: Callable[[_Far], bool] = lambda _: True  # says whether the next one is to be sent
-        self.on_turn: Callable[[], object] = lambda: None
         self._links: list[socket.socket] = []
         self._is_counting = True
 
@@ -259,10 +247,9 @@ class _Site:
         if far is None or not self.limit:
             return
         self.count += 1
-        if self.on_message(far):
-            far.take()
-            if self.count < self.limit:
-                far.send()
+        far.take()
+        if self.count < self.limit:
+            far.send()
 
     def begin(self, limit: int) -> None:
         """Send the first message to each side, and count from now on."""
@@ -273,7 +260,6 @@ class _Site:
 
     def _look(self, turn: int, before: int) -> None:
         self.per_turn[turn] = self.count - before
-        self.on_turn()
         if self._is_counting:
             asyncio.get_running_loop().call_soon(self._look, turn + 1, self.count)
 
@@ -347,47 +333,6 @@ async def test_fewer_connections_than_a_round_are_never_paused(site: _Site, monk
     assert held == []
 
 
-async def test_a_blocked_side_is_not_read_in_a_crowd_and_all_of_it_comes_in_the_end(site: _Site) -> None:
-    await site.open(TUNNELS)
-    floods = [far for far in list(site.fars.values())[:40] if far.is_client]
-    blocked: dict[_Far, int] = {}  # with the bytes that they sent
-    for far in floods:  # so that little is taken before they are blocked
-        for link in (far.receiver, far.side.other.get_extra_info("socket")):
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
-
-    def flood(far: _Far) -> bool:
-        if far not in floods or site.count <= 5_000:
-            return True
-        if far not in blocked:
-            far.take()
-            blocked[far] = far.flood()
-        return False
-
-    seen: list[bool] = []  # for each flood that is blocked, in each turn, whether it stays so
-
-    def look() -> None:
-        seen.extend(
-            not far.transport.is_reading() and not site.crowd.holds(far.transport)
-            for far in blocked
-            if far.side.tail is not None
-        )
-
-    site.on_message, site.on_turn = flood, look
-    site.begin(40_000)
-    await eventually(lambda: site.count >= site.limit)
-    assert len(blocked) == len(floods)
-    assert all(seen)
-    assert len(seen) > len(floods), "they were blocked for several turns"
-    for far, sent in blocked.items():
-        data = bytearray()
-        while len(data) < sent:
-            await asyncio.sleep(0)
-            data += await asyncio.to_thread(far.receiver.recv, 1 << 20)
-        piece = frame(b"x" * 60_000, 2, is_masked=True)
-        assert bytes(data) == (piece * (sent // len(piece) + 1))[:sent]
-
-
 # Each read held, which is as crowded as it can be
 
 
@@ -409,22 +354,59 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Transport]:
     return held
 
 
-async def test_exchanges_of_a_crowd_are_whole(holding: list[asyncio.Transport], start: Start) -> None:
+async def stays_paused(proxy: PlaneUnderTest, transport: asyncio.Transport) -> None:
+    """Let the loop turn, and look in each turn."""
+    for _ in range(100):
+        assert not transport.is_reading()
+        assert not proxy.plane.crowd.holds(transport)
+        await asyncio.sleep(0)
+
+
+async def test_exchanges_of_a_crowd_are_whole_and_wait_for_who_does_not_read(
+    holding: list[asyncio.Transport], start: Start
+) -> None:
     proxy = await start(settings=Settings(buffer_bytes=10_000))
-    body = bytes(range(256)) * 80_000
-    client, app = await proxy.open(request("POST /", body=body))
-    client.stop_reading()
+    client, app = await proxy.open(request("POST /", f"Content-Length: {len(BODY)}"))
+    app.stop_reading()
+    client.send(BODY)
     (downstream,) = proxy.plane.downstreams
-    assert (await app.read_request()).body == body
-    app.answer(body[::-1])
+    await eventually(lambda: downstream.is_paused)
+    await stays_paused(proxy, downstream.transport)
+    app.read_again()
+    assert (await app.read_request()).body == BODY
+    client.stop_reading()
+    exchange = downstream.exchange
+    assert exchange is not None
+    connection = exchange._connection
+    assert connection is not None
+    app.answer(BODY[::-1])
     await eventually(lambda: downstream.is_blocked)
+    await stays_paused(proxy, connection.transport)
     client.read_again()
-    assert (await client.read_response()).body == body[::-1]
-    assert len(set(holding)) == 2, "of both connections"
+    assert (await client.read_response()).body == BODY[::-1]
+    assert set(holding) == {downstream.transport, connection.transport}
     client.send(GET)
     assert (await app.read_request()).target == "/"
     app.answer(b"again")
     assert (await client.read_response()).body == b"again"
+
+
+async def test_a_tunnel_of_a_crowd_is_whole_and_waits_for_the_side_that_does_not_read(
+    holding: list[asyncio.Transport], proxy: PlaneUnderTest
+) -> None:
+    client, app = await connect(proxy)
+    for sender, receiver, side in (
+        (client, app, the_tunnel(proxy).client),
+        (app, client, the_tunnel(proxy).upstream),
+    ):
+        sent = frame(BODY, 2, is_masked=side is the_tunnel(proxy).client)
+        receiver.stop_reading()
+        sender.send(sent)
+        await eventually(lambda side=side: side.tail is not None)  # type: ignore[misc]
+        await stays_paused(proxy, side.transport)
+        receiver.read_again()
+        assert await receiver.read(len(sent)) == sent
+        assert side.transport in holding
 
 
 async def test_a_tunnel_leaves_a_crowd_and_comes_back(

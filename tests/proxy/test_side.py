@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from stickyproxy.config import ListenerTls
+from stickyproxy.control.certificates import make_listener_context
 from stickyproxy.proxy import side as side_module
+from stickyproxy.proxy.handover import SideState
+from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.side import DISCARD, Ending, Farewell
 from stickyproxy.wire.frames import write_close
-from tests.helpers.raw import eventually
-from tests.helpers.tunnels import MASK, close_of, connect, ended, frame, the_tunnel
+from stickyproxy.wire.pings import PongFilter
+from tests.helpers.certificates import Authority
+from tests.helpers.raw import SealedLink, eventually
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE, MASK, close_of, connect, ended, frame, the_tunnel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.helpers.plane import PlaneUnderTest, Start
 
 
@@ -38,6 +46,92 @@ async def test_bytes_pass_unchanged_both_ways_and_are_counted(proxy: PlaneUnderT
     assert (counters.frames_sent[1], counters.frames_sent[2], counters.frames_sent[8]) == (1, 1, 1)
     assert proxy.records[-1].sent_bytes == counters.tunnel_sent_bytes
     assert proxy.pool().idle == []
+
+
+async def test_pongs_of_our_own_are_taken_out_and_the_filter_with_them(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    side = the_tunnel(proxy).client
+    side.filter = PongFilter(b"12345678", side.scanner)
+    pong, other = frame(b"12345678", 10, is_masked=True), frame(b"87654321", 10, is_masked=True)
+    client.send(other + pong + other)
+    assert await app.read(2 * len(other)) == other * 2
+    assert side.filter is None
+    assert side.received_bytes == 2 * len(other)
+
+
+async def test_what_a_filter_holds_is_passed_on_at_the_end(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    side = the_tunnel(proxy).client
+    side.filter = PongFilter(b"12345678", side.scanner)
+    begun = frame(b"12345678", 10, is_masked=True)[:7]
+    client.send(begun)
+    await eventually(lambda: side.filter is not None and side.filter.held)
+    assert app.held == b""
+    client.half_close()
+    assert await app.read_rest() == begun
+
+
+# What another process is told
+
+
+async def test_a_side_goes_on_where_another_stood(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    side = the_tunnel(proxy).client
+    side.filter = PongFilter(b"12345678", side.scanner)
+    data = frame(b"x" * 100, is_masked=True)
+    client.send(data[:50])
+    assert await app.read(50) == data[:50]
+    state = side.export(0)
+    assert (state.received_bytes, state.is_eof, state.unsent) == (50, False, b"")
+    await connect(proxy)
+    (other,) = [one.client for one in proxy.plane.tunnels if one.client is not side]
+    assert other.export(0) != state
+    other.go_on_from(state)
+    assert other.export(0) == state
+    assert (other.scanner.left_bytes, other.scanner.is_at_boundary) == (len(data) - 50, False)
+    other.go_on_from(SideState(is_eof=True))
+    assert other.is_eof
+    other.is_eof = False
+
+
+async def test_what_is_unsent_goes_on_being_known(proxy: PlaneUnderTest) -> None:
+    """All that is passed on while the kernel takes nothing: what came before, from elsewhere, too."""
+    client, app = await connect(proxy)
+    side = the_tunnel(proxy).upstream
+    client.stop_reading()
+    assert side.may_leave
+    while side.transport.is_reading():
+        app.send(bytes(100_000))
+        await asyncio.sleep(0)
+    assert side.may_leave
+    side.pass_on(b"from elsewhere")
+    assert side.tail is not None
+    assert side.tail.endswith(b"from elsewhere")
+    unsent = side.other.get_write_buffer_size()
+    assert len(side.export(unsent).unsent) == unsent
+    side.tail = None
+    assert not side.may_leave, "what is unsent is not known"
+    side.tail = bytes(unsent)
+    side.other, other = DISCARD, side.other
+    assert not side.may_leave, "its end has begun"
+    side.other = other
+
+
+async def test_a_side_that_resets_while_it_is_not_read_is_dropped(proxy: PlaneUnderTest) -> None:
+    client, app = await connect(proxy)
+    side = the_tunnel(proxy).client
+    proxy.plane._ticker.cancel()
+    side.transport.pause_reading()
+    side.drop_reset()
+    assert not side.transport.is_closing()
+    client.reset()
+
+    def look() -> bool:
+        side.drop_reset()
+        return side.transport.is_closing()
+
+    await eventually(look)
+    assert await app.read_rest() == b""
 
 
 # How the sides wait for each other
@@ -195,3 +289,54 @@ async def test_a_watched_side_waits_for_the_other_and_is_heard_to_end(
     await eventually(lambda: tunnel.client.is_eof)
     client.reset()
     assert (await ended(proxy))[0] == "client"
+
+
+# TLS
+
+
+async def test_a_side_over_tls_cannot_leave_nor_end_by_half(start: Start, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    section = {"certificates": authority.issue("localhost").section}
+    proxy = await start(role=Role(tls=make_listener_context(ListenerTls.model_validate(section))), linger_s=0.2)
+    client = await proxy.client(tls=authority.client_context())
+    client.send(HANDSHAKE)
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_message()
+    tunnel = the_tunnel(proxy)
+    side = tunnel.client
+    assert (side.is_tls, side.may_leave, tunnel.upstream.is_tls) == (True, False, False)
+    assert tunnel.is_tls
+    side.limit_buffer()
+    side.write_eof()
+    assert not side.transport.is_closing()
+    client.stop_reading()
+    while tunnel.upstream.transport.is_reading():
+        app.send(frame(bytes(100_000), 2))
+        await asyncio.sleep(0)
+    assert tunnel.upstream.tail is None, "what the layers hold nobody knows"
+    client.read_again()
+    await eventually(tunnel.upstream.transport.is_reading)
+    app.close()
+    assert close_of((await client.read_rest())[-4 - len("the application ended") :]) == (1012, False)
+    client.send(write_close(1012, "", mask=MASK))
+    assert await ended(proxy) == ("upstream", 1012, "eof")
+
+
+async def test_a_client_that_never_answers_close_notify_is_cut(start: Start, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    section = {"certificates": authority.issue("localhost").section}
+    proxy = await start(role=Role(tls=make_listener_context(ListenerTls.model_validate(section))), linger_s=0.2)
+    client = SealedLink(await proxy.client(), authority.client_context())
+    await client.open()
+    client.link.send(client.seal(HANDSHAKE))
+    app = await proxy.upstream.accept()
+    await app.read_request()
+    app.send(ACCEPT)
+    await client.read_until(b"\r\n\r\n")
+    the_tunnel(proxy).client.close(proxy.plane)
+    await client.read_rest()
+    assert client.has_close_notify
+    await eventually(lambda: client.link.is_over)
+    app.close()

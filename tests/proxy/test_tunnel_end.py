@@ -124,9 +124,12 @@ async def test_a_client_that_never_stops_sending_is_cut_in_the_end(
     proxy = await start(linger_s=0.1)
     client, app = await connect(proxy)
     app.send(write_close(1009, "too big")).half_close()
-    while proxy.plane.tunnels:
+
+    def goes_on() -> bool:
         client.send(b"x" if not client.is_lost else b"")
-        await asyncio.sleep(0.001)
+        return not proxy.plane.tunnels
+
+    await eventually(goes_on)
     assert await ended(proxy) == ("upstream", 1009, "close_frame")
 
 

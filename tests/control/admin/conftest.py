@@ -50,9 +50,7 @@ def settled() -> list[dict[str, AdminState]]:
 
 
 @pytest.fixture
-def make(
-    readings: Readings, routing: Routing, settled: list[dict[str, AdminState]]
-) -> Callable[..., web.Application]:
+def make(readings: Readings, routing: Routing, settled: list[dict[str, AdminState]]) -> Callable[..., web.Application]:
     """Return what makes an admin application with the given keys of its configuration."""
 
     async def settle() -> None:
@@ -65,9 +63,7 @@ def make(
 
 
 @pytest.fixture
-def connect(
-    aiohttp_client: AiohttpClient, make: Callable[..., web.Application]
-) -> Callable[..., Awaitable[Client]]:
+def connect(aiohttp_client: AiohttpClient, make: Callable[..., web.Application]) -> Callable[..., Awaitable[Client]]:
     """Return what makes a client of such an application."""
 
     async def connect(**keys: str) -> Client:

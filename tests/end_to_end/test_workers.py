@@ -1,0 +1,235 @@
+"""Two workers behind one address: what one's death costs, what is counted over both, and how new clients are spread."""
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stickyproxy.tasks import spawn
+from tests.bench.operations.tree import listens, ports_held
+from tests.helpers.operated import Proxy, Stage, open_tunnel, until_so, zombies_of
+from tests.helpers.plain_client import AbortedError, PlainClient
+from tests.helpers.supervised import until
+
+CLIENTS = 16
+BEFORE, AFTER = 200, 400  # requests before the kill, and in all
+SHARED, PARALLEL = 12, 6  # clients, and the connections of each
+NEW = 40
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    async with Stage(tmp_path) as stage:
+        yield stage
+
+
+def own_port(client: PlainClient) -> int:
+    return int(client._writer.get_extra_info("sockname")[1])
+
+
+async def index_of(proxy: Proxy, process_id: int) -> str:
+    [index] = [
+        one["index"] for one in json.loads(await proxy.get("/api/v1/state"))["workers"] if one["pid"] == process_id
+    ]
+    return str(index)
+
+
+class Load:
+    """Clients that ask again and again, each over one connection until that breaks."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._numbers = itertools.count()
+        self.answered = 0
+        self.aborted: list[int] = []  # ports of connections that broke
+        self.refused = 0
+        self.is_over = False
+
+    async def run(self) -> None:
+        while not self.is_over:
+            try:
+                client = await self._proxy.connect()
+            except OSError:
+                self.refused += 1
+                continue
+            port = own_port(client)
+            try:
+                while not self.is_over:
+                    answer = await client.ask("/", fields={"X-Id": str(next(self._numbers))})
+                    assert answer.status == 200
+                    self.answered += 1
+            except AbortedError:
+                self.aborted.append(port)
+
+
+async def test_a_worker_that_is_killed_takes_only_its_connections_along(stage: Stage) -> None:
+    """It is replaced, and what it had counted is not lost; at no moment do the metrics fail."""
+    app = await stage.app()
+    proxy = await stage.serve(app)
+    tunnels = [await proxy.open_tunnel() for _ in range(CLIENTS)]
+    load = Load(proxy)
+    tasks = [spawn(load.run(), "load") for _ in range(CLIENTS)]
+    await until(lambda: load.answered > BEFORE, "there is a load")
+    before = proxy.workers
+    victim = max(before, key=lambda one: len(ports_held(one, proxy.port)))
+    os.kill(victim, signal.SIGSTOP)  # so that nothing changes between the look and the kill
+    doomed = ports_held(victim, proxy.port)
+    began_s = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    scrapes = 0
+    while not is_replaced(proxy, before - {victim}):
+        for path in ("/metrics", "/api/v1/state"):
+            await proxy.get(path)
+            scrapes += 1
+    print(f"the worker was replaced within {time.monotonic() - began_s:.2f} s, with {scrapes} scrapes meanwhile")
+    await until(lambda: load.answered > AFTER, "the load goes on")
+    load.is_over = True
+    await asyncio.gather(*tasks)
+    assert scrapes
+    assert load.refused == 0
+    assert set(load.aborted) <= doomed
+    ended = 0
+    for tunnel in tunnels:
+        if own_port(tunnel.client) in doomed:
+            assert await tunnel.client.receive_end() == b""
+            ended += 1
+        else:
+            await tunnel.echo()
+    assert len(load.aborted) + ended == len(doomed)
+    await until_counted(proxy, load.answered, len(load.aborted))
+    assert max(app.ids.values()) == 1
+    assert await proxy.metric("worker_restarts_total") == 1
+    assert await proxy.metric("tunnels_total") == CLIENTS
+    assert await proxy.metric("tunnels_open") == CLIENTS - ended
+    assert zombies_of(proxy.pid) == set()
+    await proxy.stop()
+
+
+def is_replaced(proxy: Proxy, others: set[int]) -> bool:
+    new = proxy.workers - others
+    return len(proxy.workers) == 2 and all(listens(one, proxy.port) for one in new)
+
+
+async def until_counted(proxy: Proxy, answered: int, aborted: int) -> None:
+    """Wait until all answers are counted, give or take those of the connections that were cut."""
+
+    async def is_so() -> bool:
+        return abs(await proxy.metric("exchanges_total", status_class="2xx") - answered) <= aborted
+
+    await until_so(is_so)
+
+
+async def test_when_the_supervisor_is_killed_no_process_is_left(stage: Stage) -> None:
+    app = await stage.app()
+    proxy = await stage.serve(app, workers=3)
+    tunnel, held = await proxy.open_tunnel(), await proxy.connect()
+    held.send("/hold")
+    await until(lambda: app.waiting["/hold"] == 1, "an exchange is under way")
+    assert len(proxy.processes) == 4
+    os.kill(proxy.pid, signal.SIGKILL)
+    assert await tunnel.receive_close() == 1012
+    app.gate.set()
+    await until(lambda: not proxy.processes, "no process is left")
+
+
+async def test_a_worker_that_stands_still_is_seen(stage: Stage) -> None:
+    """It is not ended: its clients would lose their connections. The other one serves."""
+    app = await stage.app()
+    proxy = await stage.serve(app)
+    tunnels = [await proxy.open_tunnel() for _ in range(CLIENTS)]
+    for tunnel in tunnels:
+        await tunnel.echo()
+    before = proxy.workers
+    victim, other = sorted(before, key=lambda one: len(ports_held(one, proxy.port)), reverse=True)
+    assert len(before) == 2
+
+    async def have_ticked() -> bool:
+        return sum(name == "worker_last_tick_age_seconds" for name, _ in await proxy.samples()) == 2
+
+    await until_so(have_ticked)
+    stopped, running = await index_of(proxy, victim), await index_of(proxy, other)
+    os.kill(victim, signal.SIGSTOP)
+    try:
+
+        async def is_seen() -> bool:
+            return await proxy.metric("worker_last_tick_age_seconds", worker=stopped) > 3
+
+        await until_so(is_seen)
+
+        async def is_fresh() -> bool:
+            return await proxy.metric("worker_last_tick_age_seconds", worker=running) < 3
+
+        await until_so(is_fresh)
+        assert (await proxy.ask())[0] == 200
+    finally:
+        os.kill(victim, signal.SIGCONT)
+
+    async def is_back() -> bool:
+        return await proxy.metric("worker_last_tick_age_seconds", worker=stopped) < 3
+
+    await until_so(is_back)
+    assert proxy.workers == before
+    for tunnel in tunnels:
+        await tunnel.echo()
+    await proxy.stop()
+
+
+async def test_a_client_with_connections_to_both_workers_is_one_session(stage: Stage) -> None:
+    app = await stage.app()
+    proxy = await stage.serve(app)
+    connections = Counter[int]()
+    clients = []
+    for _ in range(SHARED):
+        first = await proxy.connect()
+        cookie = (await first.ask("/")).cookie
+        assert cookie is not None
+        clients.append([first, *[await proxy.connect() for _ in range(PARALLEL - 1)]])
+        for client in clients[-1]:
+            assert (await client.ask("/", fields={"Cookie": cookie})).status == 200
+    workers = proxy.workers
+    shared = 0
+    for links in clients:
+        owners = {one for one in workers for link in links if own_port(link) in ports_held(one, proxy.port)}
+        connections.update(owners)
+        shared += len(owners) == 2
+    assert shared, "nobody had connections to both workers"
+    await until_sessions(proxy, SHARED)
+    assert await proxy.metric("exchanges_total", status_class="2xx") == SHARED * (PARALLEL + 1)
+
+
+async def until_sessions(proxy: Proxy, count: int) -> None:
+    async def is_so() -> bool:
+        return await proxy.metric("sessions_active") == count
+
+    await until_so(is_so)
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
+async def test_new_clients_are_spread_evenly_whichever_worker_they_come_to(stage: Stage, at_once: int) -> None:
+    """Neither worker sees more than its own clients; each knows of the others'."""
+    apps = [await stage.app("one"), await stage.app("two")]
+    proxy = await stage.serve(*apps)
+    placed = Counter[str]()
+    held = []
+
+    async def come() -> None:
+        client = await proxy.connect()
+        held.append(client)
+        tunnel = await open_tunnel(client)
+        await tunnel.echo()
+        placed[tunnel.app] += 1
+
+    for _ in range(NEW // at_once):
+        await asyncio.gather(*(come() for _ in range(at_once)))
+    per_worker = {one: len(ports_held(one, proxy.port)) for one in proxy.workers}
+    assert min(per_worker.values()) > 0, per_worker
+    assert sum(placed.values()) == NEW
+    assert abs(placed["one"] - placed["two"]) <= 2 * at_once, placed
+    await proxy.stop()
