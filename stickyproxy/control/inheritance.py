@@ -220,7 +220,7 @@ def take(environ: MutableMapping[str, str] = os.environ) -> tuple[Inheritance, b
         text = os.pread(descriptor, min(size, _MAX_BYTES), 0)
         os.close(descriptor)
         raw = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UsageError(f"what the former version left cannot be read: {error}") from error
     return Inheritance.from_json(raw, environ), kind == "check"
 

@@ -134,10 +134,13 @@ class TunnelEnd:
                 self._tunnel.end()
                 return
             client.transport.set_protocol(Farewell(client))
-        self._end_when_quiet()
+        self._end_when_quiet(_MAX_LINGERS)
 
-    def _end_when_quiet(self, times: int = _MAX_LINGERS) -> None:
-        """End once the client has stopped sending, so that no reset overtakes the Close frame on its way to it."""
+    def _end_when_quiet(self, times: int) -> None:
+        """End once the client has stopped sending, so that no reset overtakes the Close frame on its way to it.
+
+        It is looked at so many times, and once more.
+        """
         client = self._tunnel.client
         before = client.received_bytes
 

@@ -129,7 +129,7 @@ def test_all_descriptors_stay_open() -> None:
 @pytest.mark.parametrize("is_check", [True, False])
 def test_the_state_lies_where_the_variable_says(*, is_check: bool) -> None:
     with no_leak():
-        descriptor, environment = leave(make(), is_check=is_check)
+        _, environment = leave(make(), is_check=is_check)
         assert environment.items() >= {name: value for name, value in os.environ.items() if name != VARIABLE}.items()
         environ = {VARIABLE: environment[VARIABLE]}
         assert take(environ) == (make(), is_check)
@@ -141,7 +141,7 @@ def test_without_the_variable_nothing_was_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "run", "run:", "run:x", "walk:3", "run:-1", "run:٣", "run:3 ", "run:99999999999999"]
+    "value", ["", "run", "run:", "run:x", "walk:3", "run:-1", "run:٣", "run:3 ", "run:9999999999999"]
 )
 def test_a_variable_that_somebody_else_has_set_is_refused(value: str) -> None:
     with pytest.raises(UsageError):
@@ -159,7 +159,7 @@ def test_memory_that_holds_no_state_is_refused_and_closed() -> None:
 
 
 def test_a_state_that_was_written_by_a_process_is_only_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptor, environment = leave(make(), is_check=False)
+    _, environment = leave(make(), is_check=False)
     monkeypatch.setenv(VARIABLE, environment[VARIABLE])
     assert take(os.environ) is not None
     assert VARIABLE not in os.environ
@@ -179,7 +179,7 @@ def test_an_inherited_socket_is_for_this_process_alone() -> None:
 
 def test_memory_has_no_name_elsewhere() -> None:
     descriptor = make_memory("test")
-    assert "test" in os.readlink(f"/proc/self/fd/{descriptor}")
+    assert "test" in str(Path(f"/proc/self/fd/{descriptor}").readlink())
     assert Path(f"/proc/self/fd/{descriptor}").stat().st_nlink == 0
     os.close(descriptor)
 

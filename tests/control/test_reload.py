@@ -730,6 +730,12 @@ async def test_an_address_that_cannot_be_bound_changes_nothing(proxy: Proxy, tmp
     assert (await read_admin(proxy.admin, "/readyz"))[0] == 200
 
 
+async def test_the_admin_listener_cannot_move_to_where_clients_connect(proxy: Proxy) -> None:
+    said = await proxy.refused(admin={"address": proxy.file.sections.get("listeners", ["127.0.0.1:0"])[0]})
+    assert "the address is in use" in said
+    assert await proxy.ask_all() == {"a", "b"}
+
+
 async def test_an_access_log_that_cannot_be_opened_changes_nothing(proxy: Proxy, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere" / "access.log"
     port = free_port()

@@ -262,6 +262,14 @@ async def test_two_that_start_at_once_do_not_both_believe_that_they_serve() -> N
     assert said == f"cannot listen on 127.0.0.1:{port}: the address is in use; is another proxy starting?"
 
 
+async def test_a_listener_may_not_be_the_admin_listener_too() -> None:
+    """Whoever is a client would reach the API now and then: the socket would be one."""
+    port = free_port()
+    loaded = load(listeners=[f"127.0.0.1:{port}"], admin={"address": f"127.0.0.1:{port}"})
+    assert "the address is in use" in await fail_to_start(loaded)
+    assert can_listen(port)
+
+
 @pytest.mark.parametrize("failing", ["secret", "access log", "admin", "worker", "accept"])
 async def test_whatever_fails_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
@@ -376,7 +384,7 @@ async def test_the_parts_end_before_the_workers_that_they_speak_to(monkeypatch: 
 
     note("fleet", Fleet, "close")
     note("admin", AdminListener, "stop")
-    async with running(load(admin={"address": "127.0.0.1:0"})):
+    async with running(load(admin={"address": "localhost:0"})):
         pass
     assert order == ["admin", "fleet"]
 

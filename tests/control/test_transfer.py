@@ -412,7 +412,7 @@ async def test_the_grace_that_is_over_in_the_middle_of_a_batch(monkeypatch: pyte
 
 async def part(transfer: Transfer) -> tuple[Departure, dict[str, Any]]:
     """Part from the only connection of the old plane, and return what would be sent."""
-    (one,) = (*transfer.old.plane.tunnels, *transfer.old.plane.downstreams)
+    (one,) = transfer.old.plane.tunnels
     departure = depart(transfer.old.plane, one)
     assert departure is not None
     await departure.parted

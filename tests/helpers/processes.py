@@ -74,6 +74,19 @@ def http_status(url: str, timeout_s: float = 5.0) -> int | None:
         return None
 
 
+def find_workers(supervisor: int) -> list[int]:
+    """Return the process ids of the workers of a proxy, the oldest first; those that have ended are none."""
+    listed = [file.read_text().split() for file in Path(f"/proc/{supervisor}/task").glob("*/children")]
+    return sorted(int(child) for children in listed for child in children if _is_worker(child))
+
+
+def _is_worker(process_id: str) -> bool:
+    try:
+        return b"stickyproxy.control.worker_process" in Path(f"/proc/{process_id}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 class Child:
     """A running process with its log; `Children` starts and stops it."""
 
@@ -217,6 +230,17 @@ class StickyProxy:
             },
         )
         self.child.wait_until_ready(f"{self.admin_url}/readyz")
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of the workers that live, the oldest first."""
+        return find_workers(self.child.pid)
+
+    @property
+    def worker(self) -> int:
+        """The process id of the only worker, which has the connections of all clients."""
+        [process_id] = self.workers
+        return process_id
 
     def metrics(self) -> Iterator[Sample]:
         """Give each sample that `/metrics` shows now."""

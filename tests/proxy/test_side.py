@@ -324,10 +324,18 @@ async def test_a_side_over_tls_cannot_leave_nor_end_by_half(start: Start, tmp_pa
     assert await ended(proxy) == ("upstream", 1012, "eof")
 
 
-async def test_a_client_that_never_answers_close_notify_is_cut(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_a_client_that_never_answers_close_notify_is_cut(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
+    """After a short time if it has taken all, and after a longer one if not."""
+    monkeypatch.setattr(side_module, "is_queued", lambda _: not is_taken)
+    monkeypatch.setattr(side_module, "_FLUSH_S", 900.0 if is_taken else 0.2)
     authority = Authority(tmp_path)
     section = {"certificates": authority.issue("localhost").section}
-    proxy = await start(role=Role(tls=make_listener_context(ListenerTls.model_validate(section))), linger_s=0.2)
+    proxy = await start(
+        role=Role(tls=make_listener_context(ListenerTls.model_validate(section))), linger_s=0.2 if is_taken else 900.0
+    )
     client = SealedLink(await proxy.client(), authority.client_context())
     await client.open()
     client.link.send(client.seal(HANDSHAKE))
