@@ -18,7 +18,7 @@ from stickyproxy.control.registry import SessionRegistry
 from stickyproxy.control.worker_link import WorkerLink, start_process
 from stickyproxy.errors import ChannelError, UsageError
 from stickyproxy.observe.table import Table, Totals
-from stickyproxy.proxy.board import MAX_SLOTS, Board
+from stickyproxy.proxy.board import MAX_SLOTS, MAX_WORKERS, Board
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ class Fleet:
     async def resize(self, grace_s: float) -> None:
         """Have as many workers as the orders say; those that go hand over to those that stay."""
         while len(self.links) < self.orders.workers:
-            taken = {link.index for link in self.links}
-            index = next(number for number in range(self.orders.workers) if number not in taken)
+            taken = {link.index for link in self}  # one that is leaving still writes to its place on the board
+            index = next(number for number in range(len(taken) + 1) if number not in taken) % MAX_WORKERS
             link = self._launch(index)
             try:
                 await self._prepare(link)
@@ -308,6 +308,8 @@ class Fleet:
     def _on_end(self, link: WorkerLink) -> None:
         self.totals.fold(link.table.read())
         link.table.close()
+        if all(one.index != link.index for one in self if one is not link):
+            self.board.clear_worker(link.index)
         self.registry.forget(link.process_id)
         self._show_sessions()
         if link in self.leaving:

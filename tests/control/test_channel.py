@@ -667,6 +667,15 @@ async def test_the_end_is_told_once() -> None:
 
 
 @on_uvloop
+async def test_an_end_that_has_not_read_all_is_an_end_too() -> None:
+    with no_leak(), ends() as (one, other):
+        one.channel.send("unread")
+        other.channel.close()
+        await eventually(lambda: one.lost)
+        assert one.lost == ["Connection reset by peer"]
+
+
+@on_uvloop
 async def test_the_last_words_count_though_nothing_can_be_sent_any_more() -> None:
     """The other end answers and goes; this end notices when it sends, before it has read."""
     with no_leak(), ends() as (one, other), memories(1) as descriptors:

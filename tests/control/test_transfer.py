@@ -556,6 +556,23 @@ async def test_the_good_ones_of_a_bad_batch_are_given_up() -> None:
 
 
 @on_uvloop
+async def test_whatever_goes_wrong_with_a_batch_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer_module.logger, "exception", transfer_module.logger.warning)  # else the plane complains
+
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(transfer_module, "arrive", fail)
+    async with two_workers() as transfer:
+        client, app = await connect(transfer.old)
+        sender, receiver = transfer.both()
+        assert await sender.send() == {"refused": 1}
+        assert not receiver._is_preparing
+        await transfer.reach(1, 0)
+        await check_tunnel(client, app)
+
+
+@on_uvloop
 async def test_a_second_batch_before_the_first_has_gone_on_is_refused() -> None:
     """Which of the two "go" would mean could not be told."""
     async with two_workers() as transfer:

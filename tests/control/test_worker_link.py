@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import stickyproxy
 from stickyproxy.control import worker_link as worker_link_module
 from stickyproxy.control.messages import PROTOCOL
 from stickyproxy.control.worker_link import Program, WorkerLink, start_process
@@ -323,14 +325,9 @@ print(link.recv(12)[:4], os.waitpid(process_id, 0)[1])
 
 
 def test_the_channel_may_be_descriptor_three_already() -> None:
-    root = os.path.dirname(os.path.dirname(worker_link_module.stickyproxy.__file__))  # noqa: PTH120
-    done = subprocess.run(
-        [sys.executable, "-c", AT_THREE, root, SPEAK + "hello(1)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    root = str(Path(stickyproxy.__file__).parent.parent)
+    command = [sys.executable, "-c", AT_THREE, root, SPEAK + "hello(1)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == ["[0, 3]", "b'STK1' 0"]
 
 

@@ -74,7 +74,7 @@ class OperatedProxy(StickyProxy):
         )
 
     @property
-    def workers(self) -> set[int]:
+    def all_workers(self) -> set[int]:
         """The process ids of the workers, those included that only finish what they have."""
         return workers_of(self.child.pid)
 
@@ -244,15 +244,15 @@ def take_pictures(guests: list[Guest], directory: Path, name: str) -> None:
 
 def upgrade(proxy: OperatedProxy, guests: list[Guest], pids: list[int]) -> None:
     """Upgrade while all work: the process id stays, the workers are others, and all tunnels are with them."""
-    supervisor, before = proxy.child.pid, proxy.workers
+    supervisor, before = proxy.child.pid, proxy.all_workers
     command = proxy.command("upgrade")
     rounds = work_until_end(guests, pids, command)
     said = command.log_tail().splitlines()[-1]
     assert command.wait() == 0, said
     assert UPGRADED.match(said)
     print(f"{said}; each worked {rounds} times meanwhile")
-    wait_until(lambda: not before & proxy.workers, "the old workers have ended")
-    assert len(proxy.workers) == len(before)
+    wait_until(lambda: not before & proxy.all_workers, "the old workers have ended")
+    assert len(proxy.all_workers) == len(before)
     assert proxy.child.pid == supervisor
     wait_until(lambda: proxy.metric("tunnels_open") == len(guests), "all tunnels are counted")
     assert let_all_work(guests) == pids
@@ -266,7 +266,9 @@ def reload(proxy: OperatedProxy, guests: list[Guest], pids: list[int], sections:
     said = command.log_tail()
     assert command.wait() == 0, said
     print(f"reloaded, {said.splitlines()[-1]}; each worked {rounds} times meanwhile")
-    wait_until(lambda: len(proxy.workers) == sections.get("workers", WORKERS), "there are as many workers as written")
+    wait_until(
+        lambda: len(proxy.all_workers) == sections.get("workers", WORKERS), "there are as many workers as written"
+    )
     assert let_all_work(guests) == pids
 
 
@@ -290,7 +292,7 @@ def test_nobody_notices_upgrades_reloads_and_another_proxy(
     guests = welcome(visitors, proxy.url, make_guest, GUESTS)
     pids = let_all_work(guests)
     assert set(pids) == fleet.pids
-    held = [len(ports_held(worker, port_of(proxy))) for worker in proxy.workers]
+    held = [len(ports_held(worker, port_of(proxy))) for worker in proxy.all_workers]
     assert len(held) == WORKERS
     print(f"the workers hold {held} connections of {GUESTS} guests")
     tunnels = proxy.metric("tunnels_total")
@@ -355,7 +357,7 @@ def test_over_tls_the_old_worker_goes_on_until_the_grace_is_over(
     [guest] = welcome(visitors, edge.url, Clicker, 1)
     guest.tab.page.evaluate(WATCH_POPUP)
     pids = let_all_work([guest])
-    old_workers = edge.workers
+    old_workers = edge.all_workers
     assert any(ports_held(worker, port_of(edge)) for worker in old_workers)
 
     command = edge.command("upgrade")
@@ -363,7 +365,7 @@ def test_over_tls_the_old_worker_goes_on_until_the_grace_is_over(
     said = command.log_tail().splitlines()[-1]
     assert command.wait() == 0, said
     assert f"of TLS cannot, and have {GRACE_OF_TLS_S} s to end in the old workers" in said
-    new_workers = edge.workers - old_workers
+    new_workers = edge.all_workers - old_workers
     assert len(new_workers) == WORKERS
     assert let_all_work([guest]) == pids
     assert any(ports_held(worker, port_of(edge)) for worker in old_workers)
@@ -384,7 +386,7 @@ def test_over_tls_the_old_worker_goes_on_until_the_grace_is_over(
     assert guest.is_marked()
     guest.tab.assert_lost_nothing()
     assert [socket.is_closed() for socket in guest.sockets] == [True, False]
-    wait_until(lambda: edge.workers == new_workers, "the old workers have ended")
+    wait_until(lambda: edge.all_workers == new_workers, "the old workers have ended")
     assert any(ports_held(worker, port_of(edge)) for worker in new_workers)
     assert edge.metric("tunnel_closes_total", code="1012") == 1
     assert edge.metric("affinity_breaks_total") == 0

@@ -41,8 +41,9 @@ def open_descriptors() -> dict[int, str]:
 @contextmanager
 def no_leak() -> Iterator[None]:
     """Check that all that is opened is closed again."""
+    gc.collect()
     before = open_descriptors()
     yield
     gc.collect()
-    after = open_descriptors()
-    assert after == before, f"left open: { {one: after[one] for one in after.keys() - before.keys()} }"
+    left = dict(open_descriptors().items() - before.items())
+    assert left == {}, f"left open: {left}"
