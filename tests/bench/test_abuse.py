@@ -25,13 +25,13 @@ from tests.bench.abuse.kinds import (
 from tests.bench.abuse.link import Effort, Link
 from tests.bench.abuse.measure import Cost, Plan, Stage, measure
 from tests.bench.abuse.table import COLUMNS, Row, cells, write_table
-from tests.bench.abuse.usage import Usage, parse_io, parse_status, peak_kib, resident_kib, usage
+from tests.bench.abuse.usage import Usage, parse_io, parse_status, peak_kib, resident_kib, settle, usage
 from tests.bench.abuse.verdict import Bases, compare
 from tests.bench.certificate import make_certificate
-from tests.bench.process import Cores
+from tests.bench.process import Cores, process_tree
 from tests.bench.programs import find_program
 from tests.bench.results import RunError
-from tests.helpers.processes import Children
+from tests.helpers.processes import Children, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -212,6 +212,24 @@ def test_a_process_is_seen_to_read_and_to_grow() -> None:
     assert used.read_bytes >= 7
     assert used.reads >= 1
     assert grown_kib >= 48_000
+
+
+def test_what_the_workers_of_a_proxy_do_is_its_own() -> None:
+    worker = "import os; os.read(0, 7); kept = bytearray(50_000_000); os.write(1, b'.'); os.read(0, 1)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}], check=True)"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        wait_until(lambda: len(process_tree(child.pid)) == 2, "the worker runs")
+        settle(child.pid)
+        before_kib, before = resident_kib(child.pid), usage(child.pid)
+        child.stdin.write(b"x" * 7)
+        child.stdin.flush()
+        assert child.stdout.read(1) == b"."
+        used = usage(child.pid).since(before)
+        grown_kib = peak_kib(child.pid) - before_kib
+        child.stdin.write(b"x")
+    assert (used.reads >= 1, used.read_bytes >= 7, grown_kib >= 48_000) == (True, True, True)
 
 
 def test_unknown_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -326,7 +326,7 @@ async def settled(proxy: StickyProxy, app: FaultApp) -> int:
     await eventually(
         lambda: proxy.metric("upstream_connections", state="idle") == 0, "idle connections are closed", look_s=0.1
     )
-    # Those of the others are closed at their own time; and the metric is as of the last tick, so that it may be 0 still.
+    # Those of the others are closed at their own time; the metric is as of the last tick, so that it may be 0 still.
     looks = [-1]
 
     def is_still() -> bool:
