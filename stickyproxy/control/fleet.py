@@ -87,7 +87,8 @@ class Fleet:
         self._snapshot: dict[str, Any] | None = None
         self._publishing: asyncio.TimerHandle | None = None
         self._is_stopping = False
-        self._replacing: set[WorkerLink] = set()  # those that start in place of others
+        self._starting: set[WorkerLink] = set()  # none of the others yet, but to be told what they are told
+        self._vacant: set[int] = set()  # indexes of those that have died and are being replaced
         self._started_at: dict[int, float] = {}
         self._failures: dict[int, int] = {}
 
@@ -96,28 +97,44 @@ class Fleet:
 
     async def start(self) -> None:
         """Start all workers; raise UsageError, with none left, where one cannot start."""
-        links = [self._launch(index) for index in range(self.orders.workers)]
+        links: list[WorkerLink] = []
         try:
+            for index in range(self.orders.workers):
+                links.append(self._launch(index))  # noqa: PERF401 -- those launched are killed below
             await asyncio.gather(*(self._prepare(link) for link in links))
-        except ChannelError as error:
+        except (ChannelError, OSError) as error:
             for link in links:
-                link.is_leaving = True
-                link.kill()
+                self._give_up(link)
             raise UsageError(f"a worker cannot start: {error}") from error
         self.links = links
+        self._starting.difference_update(links)
 
     async def accept(self) -> None:
         """Let all workers accept clients."""
         await asyncio.gather(*(link.channel.request("accept") for link in self.links))
 
     def _launch(self, index: int, program: Program | None = None) -> WorkerLink:
+        """Start a process; raise OSError."""
         table = Table.create()
-        process_id, link = start_process(program)
+        try:
+            process_id, channel = start_process(program)
+        except OSError:
+            table.close()
+            raise
         self._started_at[index] = asyncio.get_running_loop().time()
-        return WorkerLink(index, process_id, link, table, on_message=self._take, on_end=self._on_end)
+        link = WorkerLink(index, process_id, channel, table, on_message=self._take, on_end=self._on_end)
+        self._starting.add(link)
+        return link
+
+    def _give_up(self, link: WorkerLink) -> None:
+        """End a worker that does not serve."""
+        self._starting.discard(link)
+        link.is_leaving = True
+        link.kill()
 
     async def _prepare(self, link: WorkerLink, board: Board | None = None) -> None:
         """Have a worker make its data plane and take the routing state; raise ChannelError."""
+        await link.greet()  # the sockets may be others, or closed, by then: their numbers are not taken before
         bound = self.orders.bound
         body = {"index": link.index, **self.orders.write(list(bound))}
         board = board or self.board
@@ -184,8 +201,7 @@ class Fleet:
         """End those that were to serve."""
         successors, self.successors = self.successors, []
         for link in successors:
-            link.is_leaving = True
-            link.kill()
+            self._give_up(link)
         if self.next_board is not None:
             self.next_board.close()
             self.next_board = None
@@ -195,9 +211,8 @@ class Fleet:
         self._is_stopping = True
         if self._publishing is not None:
             self._publish_now()
-        for link in tuple(self._replacing):  # the other image would not know them
-            link.is_leaving = True
-            link.kill()
+        for link in self._starting - set(successors):  # the other image would not know them
+            self._give_up(link)
             await link.ended
         leaving = tuple([await link.leave() for link in self if not link.reap()])
         return tuple([await link.leave() for link in successors if not link.reap()]), leaving
@@ -269,9 +284,10 @@ class Fleet:
         try:
             return await self._depart(link, descriptors, grace_s)
         except ChannelError:
-            self.leaving.remove(link)
-            self.links.append(link)
-            link.is_leaving = False
+            if not link.ended.done():
+                self.leaving.remove(link)
+                self.links.append(link)
+                link.is_leaving = False
             raise
 
     async def restore(self) -> None:
@@ -285,23 +301,38 @@ class Fleet:
 
     async def resize(self, grace_s: float) -> None:
         """Have as many workers as the orders say; those that go hand over to those that stay."""
-        while len(self.links) < self.orders.workers:
-            taken = {link.index for link in self}  # one that is leaving still writes to its place on the board
+        while len(self.links) + len(self._vacant) < self.orders.workers:
+            # One that is leaving still writes to its place on the board.
+            taken = {link.index for link in self} | self._vacant
             index = next(number for number in range(len(taken) + 1) if number not in taken) % MAX_WORKERS
-            link = self._launch(index)
             try:
-                await self._prepare(link)
-                await link.channel.request("accept")
-            except ChannelError as error:
-                link.is_leaving = True
-                link.kill()
+                await self._start_serving(index)
+            except (ChannelError, OSError) as error:
                 raise UsageError(f"a worker cannot start: {error}") from error
-            self.links.append(link)
-            self.links.sort(key=lambda one: one.index)
-        while len(self.links) > self.orders.workers:
+        while len(self.links) + len(self._vacant) > self.orders.workers:
+            if self._vacant:
+                self._vacant.pop()
+                continue
             old = self.links.pop()
             self.leaving.append(old)
             await self._hand_over(old, 0, grace_s)
+
+    async def _start_serving(self, index: int) -> WorkerLink:
+        """Start one more worker, and let it accept; raise ChannelError or OSError, with nothing left of it."""
+        link = self._launch(index)
+        try:
+            orders = self.orders
+            await self._prepare(link)
+            await link.channel.request("accept")
+            if orders is not self.orders:
+                raise ChannelError("there are other orders meanwhile")  # noqa: TRY301 -- one way to give up
+        except ChannelError:
+            self._give_up(link)
+            raise
+        self._starting.discard(link)
+        self.links.append(link)
+        self.links.sort(key=lambda one: one.index)
+        return link
 
     # When a worker ends
 
@@ -312,43 +343,41 @@ class Fleet:
             self.board.clear_worker(link.index)
         self.registry.forget(link.process_id)
         self._show_sessions()
+        self._starting.discard(link)
         if link in self.leaving:
             self.leaving.remove(link)
         if link not in self.links:
             return
+        self.links.remove(link)
         if link.is_leaving or self._is_stopping:
-            self.links.remove(link)
             return
         self.restarts += 1
+        self._vacant.add(link.index)
         logger.error("worker %d (pid %d) ended: %s", link.index, link.process_id, link.ended.result())
-        spawn(self._replace(link), "replace a worker")
+        spawn(self._replace(link.index), "replace a worker")
 
-    async def _replace(self, gone: WorkerLink) -> None:
+    async def _replace(self, index: int) -> None:
         """Start another worker in place of one that has ended, again and again, at longer and longer intervals."""
-        loop, index = asyncio.get_running_loop(), gone.index
-        is_stable = loop.time() - self._started_at.get(index, 0.0) > _STABLE_S
+        is_stable = asyncio.get_running_loop().time() - self._started_at.get(index, 0.0) > _STABLE_S
         failures = 0 if is_stable else self._failures.get(index, 0)
-        while not self._is_stopping and gone in self.links:
+        while not self._is_stopping and index in self._vacant:
             await asyncio.sleep(_BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)])
+            orders = self.orders
             failures = self._failures[index] = failures + 1
-            link = self._launch(index)
-            self._replacing.add(link)
             try:
-                await self._prepare(link)
-                await link.channel.request("accept")
-            except ChannelError as error:
-                logger.error("worker %d cannot start: %s", index, error)  # noqa: TRY400 -- the reason is all there is
-                link.is_leaving = True
-                link.kill()
+                link = await self._start_serving(index)
+            except (ChannelError, OSError) as error:
+                if orders is self.orders and not self._is_stopping:
+                    logger.error("worker %d cannot start: %s", index, error)  # noqa: TRY400 -- the reason is all
+                elif orders is not self.orders:
+                    failures = 0
                 continue
-            finally:
-                self._replacing.discard(link)
-            if gone in self.links and not self._is_stopping:
-                self.links[self.links.index(gone)] = link
+            if index in self._vacant:
+                self._vacant.discard(index)
                 logger.info("worker %d is back (pid %d)", index, link.process_id)
-                return
-            link.is_leaving = True
-            link.kill()
+            else:  # there are to be fewer by now
+                self.links.remove(link)
+                self._give_up(link)
 
     # Reloads
 
@@ -390,7 +419,7 @@ class Fleet:
             self._publishing = None
         snapshot, endpoints = self._pending
         self._snapshot = write_snapshot(snapshot, endpoints) | {"slots": self._assign_slots(snapshot)}
-        for link in (*self, *self.successors):
+        for link in {*self, *self.successors, *self._starting}:
             if link.is_ready:
                 link.channel.send("publish", self._snapshot)
 
@@ -448,7 +477,7 @@ class Fleet:
         self._is_stopping = True
         if self._publishing is not None:
             self._publishing.cancel()
-        links = (*self, *self.successors)
+        links = {*self, *self.successors, *self._starting}
         for link in links:
             link.is_leaving = True
             link.channel.send("stop")
@@ -474,4 +503,4 @@ class Fleet:
 
 def _is_refusal(link: WorkerLink, answer: Message | BaseException) -> bool:
     """Say whether a worker that lives has not done what it was asked; one that has died is made by the new orders."""
-    return isinstance(answer, BaseException) and not link.ended.done()
+    return isinstance(answer, BaseException) and not link.channel.is_closed

@@ -93,7 +93,10 @@ def _choose_directory() -> Path:
         own = base / "stickyproxy"
         if len(os.fsencode(own)) + _LONGEST_NAME <= MAX_SOCKET_PATH_BYTES:
             return own
-    return Path(tempfile.gettempdir()) / f"stickyproxy-{os.geteuid()}"
+    try:
+        return Path(tempfile.gettempdir()) / f"stickyproxy-{os.geteuid()}"
+    except FileNotFoundError as error:
+        raise UsageError("no directory for temporary files can be written: set RUNTIME_DIRECTORY") from error
 
 
 def _is_own(directory: Path) -> bool:
@@ -238,12 +241,13 @@ def _living_controls(directory: Path) -> Iterator[tuple[int, Path]]:
         return
     for name in names:
         match, path = _OURS.fullmatch(name), directory / name
-        if match is None or not _is_socket(path):
-            continue
+        if match is None or match["kind"] != _CONTROL or not _is_socket(path):
+            continue  # whoever connects to a hand-over socket asks to take over
         if _is_dead(path):
-            with suppress(OSError):
-                path.unlink()
-        elif match["kind"] == _CONTROL:
+            for left in (path, path.with_suffix(_HAND_OVER)):
+                with suppress(OSError):
+                    left.unlink()
+        else:
             yield int(match["pid"]), path
 
 

@@ -228,9 +228,10 @@ class Supervisor:
         `contexts` are those of its upstreams that TLS is spoken to.
         """
         before, config = self.config, loaded.config
+        signing = self._find_secrets_after(before, config)
         opened = self.sockets.open(_addresses(config))
         bound = self.sockets.choose(one.address for one in config.listeners)
-        orders = Orders(loaded, self._find_secrets_after(before, config), bound, count_workers(config))
+        orders = Orders(loaded, signing, bound, count_workers(config))
         certificates = CertificateWatcher(_by_position(config), self._renew)
         try:
             certificates.make_contexts()
@@ -469,9 +470,13 @@ def _by_position(config: Config) -> dict[int, ListenerTls]:
 
 
 def _addresses(config: Config) -> list[Address]:
-    """Return all addresses that are bound."""
+    """Return all addresses that are bound; raise UsageError where two would share a socket, and so their clients."""
     admin = [] if config.admin is None else [config.admin.address]
-    return [*(one.address for one in config.listeners), *admin]
+    listeners = [one.address for one in config.listeners]
+    for address in admin:
+        if address in listeners:
+            raise UsageError(f"cannot listen on {address}: the address is in use by a listener; admin needs its own")
+    return [*listeners, *admin]
 
 
 async def serve(

@@ -157,13 +157,17 @@ class WorkerLink:
         if not self._hello.done():
             self._hello.set_exception(ChannelError("it ended before it could start; its last words are above"))
 
-    async def start(self, body: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-        """Have it make its data plane; raise ChannelError with the reason where it cannot."""
+    async def greet(self) -> None:
+        """Wait until it can be told something; raise ChannelError with the reason where that never comes."""
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.shield(self._hello)
         except TimeoutError as error:
             raise ChannelError(f"no sign of life within {START_TIMEOUT_S:g} s") from error
+
+    async def start(self, body: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Have it make its data plane; raise ChannelError with the reason where it cannot."""
+        await self.greet()
         await self.channel.request("start", dict(body), descriptors)
         self.is_ready = True
 

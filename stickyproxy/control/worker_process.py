@@ -247,6 +247,7 @@ class WorkerProcess:
     async def _retire(self, sender: Sender | None) -> None:
         """Finish what cannot move, and end."""
         worker, loop = self._running, asyncio.get_running_loop()
+        worker.stop_accepting()  # the sockets are the other workers'; a listener that is taken away must be gone
         if sender is not None:
             try:
                 await sender.finish(self._retire_at - loop.time())

@@ -48,8 +48,9 @@ async def upstream() -> AsyncIterator[App]:
 async def fail_to_start(loaded: Loaded) -> str:
     """Run a supervisor that cannot start, and return why; no process of it is left."""
     before = children()
+    supervisor = Supervisor(loaded)
     with pytest.raises(UsageError) as error:
-        await Supervisor(loaded).run()
+        await supervisor.run(lambda _: supervisor.stop())
     await until(lambda: children() <= before, "the workers have ended")
     return str(error.value)
 

@@ -559,7 +559,9 @@ async def test_the_good_ones_of_a_bad_batch_are_given_up() -> None:
 async def test_whatever_goes_wrong_with_a_batch_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer_module.logger, "exception", transfer_module.logger.warning)  # else the plane complains
 
-    async def fail(*_: object) -> None:
+    async def fail(*args: Any) -> None:
+        for descriptor in args[3]:
+            os.close(descriptor)
         raise ZeroDivisionError
 
     monkeypatch.setattr(transfer_module, "arrive", fail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -161,11 +162,23 @@ async def test_a_program_that_ends_at_once(text: str, how: str, seen_first: str)
         assert await it.wait() == how
 
 
-@on_uvloop
-async def test_an_end_that_nobody_waits_for_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    async with watched("") as it:
-        await it.wait()
+def test_an_end_that_nobody_waits_for_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    @on_uvloop
+    async def end() -> None:
+        async with watched("") as it:
+            await it.wait()
+
+    end()
+    gc.collect()
     assert caplog.text == ""
+
+
+@on_uvloop
+async def test_a_program_that_leaves_its_channel_to_another_has_ended_too() -> None:
+    async with watched("os.fork() or hear()") as it:
+        with pytest.raises(ChannelError, match="ended before it could start"):
+            await asyncio.wait_for(it.link.start({}, []), 20)
+        assert await it.wait() == "exit status 0"
 
 
 @on_uvloop

@@ -559,7 +559,6 @@ async def test_without_a_runtime_directory_it_serves_and_takes_no_commands(
     await proxy.stop()
 
 
-@pytest.mark.xfail(reason="it crashes where no directory for temporary files can be written", strict=True)
 async def test_where_nothing_can_be_written_it_serves_and_takes_no_commands(
     place: Place, children: Children, app: App
 ) -> None:

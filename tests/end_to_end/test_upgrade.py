@@ -48,17 +48,6 @@ async def until_waiting(app: GatedApp, path: str, count: int = 1) -> None:
     await until(lambda: app.waiting[path] == count, f"{count} requests for {path} are under way")
 
 
-async def tell(proxy: Proxy, upstream_id: str, state: str) -> None:
-    """Set an admin state over the control socket."""
-    path, body = f"/api/v1/clusters/default/upstreams/{upstream_id}/state", json.dumps({"state": state})
-    async with await PlainClient.connect(str(proxy.control)) as client:
-        client._writer.write(
-            f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
-        assert (await client.receive()).status == 200
-
-
 async def upstreams_of(proxy: Proxy) -> dict[str, dict[str, Any]]:
     [cluster] = json.loads(await proxy.get("/api/v1/state"))["clusters"]
     return {one["id"]: one for one in cluster["upstreams"]}
@@ -119,7 +108,7 @@ async def test_what_is_known_and_counted_goes_on(stage: Stage) -> None:
             cookie = (await client.ask("/")).cookie
             assert (await proxy.ask(cookie=cookie))[0] == 200
     tunnel = await proxy.open_tunnel(cookie)
-    await tell(proxy, "drained", "drain")
+    await proxy.set_state("drained", "drain")
     await until_state(proxy, "gone", health="unhealthy")
     await until_metric(proxy, "sessions_active", 5)
     known = await upstreams_of(proxy)

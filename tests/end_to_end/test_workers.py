@@ -7,14 +7,15 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from stickyproxy.tasks import spawn
 from tests.bench.operations.tree import listens, ports_held
-from tests.helpers.operated import Proxy, Stage, open_tunnel, until_so, zombies_of
+from tests.helpers.operated import Proxy, Stage, until_so, zombies_of
 from tests.helpers.plain_client import AbortedError, PlainClient
 from tests.helpers.supervised import until
 
@@ -211,25 +212,33 @@ async def until_sessions(proxy: Proxy, count: int) -> None:
     await until_so(is_so)
 
 
-@pytest.mark.parametrize("at_once", [1, 5])
-async def test_new_clients_are_spread_evenly_whichever_worker_they_come_to(stage: Stage, at_once: int) -> None:
-    """Neither worker sees more than its own clients; each knows of the others'."""
+async def test_new_clients_are_spread_evenly_whichever_worker_they_come_to(stage: Stage) -> None:
+    """Each worker knows of the other's clients: alone it would place its own half of them at either app."""
     apps = [await stage.app("one"), await stage.app("two")]
     proxy = await stage.serve(*apps)
-    placed = Counter[str]()
-    held = []
-
-    async def come() -> None:
-        client = await proxy.connect()
-        held.append(client)
-        tunnel = await open_tunnel(client)
-        await tunnel.echo()
-        placed[tunnel.app] += 1
-
-    for _ in range(NEW // at_once):
-        await asyncio.gather(*(come() for _ in range(at_once)))
-    per_worker = {one: len(ports_held(one, proxy.port)) for one in proxy.workers}
-    assert min(per_worker.values()) > 0, per_worker
-    assert sum(placed.values()) == NEW
-    assert abs(placed["one"] - placed["two"]) <= 2 * at_once, placed
+    first, second = sorted(proxy.workers)
+    await proxy.set_state("two", "drain")
+    with standing_still(second):
+        await come(proxy, "one")
+        assert len(ports_held(first, proxy.port)) == NEW // 2
+    await proxy.set_state("two", "ready")
+    with standing_still(first):
+        await come(proxy, "two")
+        assert len(ports_held(second, proxy.port)) == NEW // 2
     await proxy.stop()
+
+
+@contextmanager
+def standing_still(process_id: int) -> Iterator[None]:
+    """Let a process stand still meanwhile."""
+    os.kill(process_id, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process_id, signal.SIGCONT)
+
+
+async def come(proxy: Proxy, app: str) -> None:
+    """Let half of the new clients come, who are all placed at one app."""
+    tunnels = [await proxy.open_tunnel() for _ in range(NEW // 2)]
+    assert Counter(tunnel.app for tunnel in tunnels) == {app: NEW // 2}

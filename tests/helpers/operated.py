@@ -6,6 +6,7 @@ test before they answer.
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -283,6 +284,16 @@ class Proxy:
 
         return await asyncio.to_thread(read)
 
+    async def set_state(self, upstream_id: str, state: str) -> None:
+        """Set what the operator wants of an upstream, over the control socket."""
+        path, body = f"/api/v1/clusters/default/upstreams/{upstream_id}/state", json.dumps({"state": state})
+        async with await PlainClient.connect(str(self.control)) as client:
+            client._writer.write(
+                f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            assert (await client.receive()).status == 200
+
     async def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Return all samples of the metrics, by name and labels."""
         families = text_string_to_metric_families(await self.get("/metrics"))
@@ -378,15 +389,16 @@ class Stage:
         for proxy in self._proxies:
             proxy.leave()
         await asyncio.sleep(0)  # for the transports to close
-        if error is not None:
-            for proxy in self._proxies:
-                print(f"--- {proxy!r}\n{proxy.log}")
         await asyncio.to_thread(self._children.__exit__, None, None, None)
         for proxy in self._proxies:  # of the sessions that these processes led, nobody else's
             for one in proxy.processes:
                 with suppress(ProcessLookupError):
                     os.kill(one, signal.SIGKILL)
         self._short.cleanup()
+
+    def reports(self) -> Iterator[tuple[str, str]]:
+        """Give what to show of each process when a test has failed: title and text."""
+        yield from self._children.reports()
 
     async def app(self, name: str = "app") -> GatedApp:
         """Start an app."""
