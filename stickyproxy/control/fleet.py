@@ -105,6 +105,8 @@ class Fleet:
         except (ChannelError, OSError) as error:
             for link in links:
                 self._give_up(link)
+            if links:  # they hold the sockets until they are gone
+                await asyncio.wait([link.ended for link in links], timeout=_END_S)
             raise UsageError(f"a worker cannot start: {error}") from error
         self.links = links
         self._starting.difference_update(links)
@@ -214,8 +216,9 @@ class Fleet:
         for link in self._starting - set(successors):  # the other image would not know them
             self._give_up(link)
             await link.ended
-        leaving = tuple([await link.leave() for link in self if not link.reap()])
-        return tuple([await link.leave() for link in successors if not link.reap()]), leaving
+        leaving = [(link, await link.leave()) for link in tuple(self)]
+        serving = [(link, await link.leave()) for link in successors]
+        return _living(serving), _living(leaving)
 
     async def take_over(self, grace_s: float) -> dict[str, int]:
         """Let the serving workers take over from those that are leaving; return what has moved and what has not.
@@ -499,6 +502,11 @@ class Fleet:
     @override
     def __repr__(self) -> str:
         return f"<Fleet of {len(self.links)} workers, {len(self.leaving)} leaving>"
+
+
+def _living(states: Sequence[tuple[WorkerLink, WorkerState]]) -> tuple[WorkerState, ...]:
+    """Return the states of the workers that have not ended meanwhile."""
+    return tuple(state for link, state in states if not link.reap())
 
 
 def _is_refusal(link: WorkerLink, answer: Message | BaseException) -> bool:

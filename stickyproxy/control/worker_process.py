@@ -113,6 +113,8 @@ class WorkerProcess:
                 raise ChannelError(f"this version knows no {message.kind!r}")  # noqa: TRY301 -- refused as all else is
             answer = await handler(message)
         except StickyproxyError as error:
+            if message.number is None:
+                logger.error("cannot %s: %s", message.kind, error)  # noqa: TRY400 -- nobody waits for an answer
             self._channel.refuse(message, str(error))
         except Exception as error:
             logger.exception("cannot %s", message.kind)

@@ -25,6 +25,7 @@ from stickyproxy.wire.proxy_protocol import ProxyHeader  # noqa: TC001 -- read a
 
 _MAX_CODE: Final = 0xFFFF  # of a Close frame: two bytes (RFC 6455, section 5.5.1)
 _MAX_SHARED: Final = 512
+_MAX_TIME: Final = 1 << 32  # what a token can say, in seconds since 1970
 _MAX_S: Final = 1e9  # of a length of time: thirty years
 _NOBODY: Final = ConnectionOrigin("unknown", "", is_https=False, is_trusted=False)
 
@@ -76,6 +77,8 @@ class TunnelState:
         """Raise HandOverError where the state is that of no tunnel."""
         if len(self.digest) != DIGEST_BYTES:
             raise HandOverError("a tunnel without the digest of its upstream")
+        if self.pinned_at >= _MAX_TIME:
+            raise HandOverError("a session that was pinned after the end of all tokens")
         if self.client_id and (len(self.client_id), len(self.pinned_to)) != (CLIENT_ID_BYTES, DIGEST_BYTES):
             raise HandOverError("a tunnel whose session is none")
         for side in (self.client, self.upstream):
