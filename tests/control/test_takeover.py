@@ -267,27 +267,45 @@ async def test_whoever_asks_for_what_cannot_be_is_refused(app: App, tmp_path: Pa
 
 
 async def test_when_a_worker_has_left_for_nothing_another_comes(app: App, tmp_path: Path) -> None:
-    """Once it is known that it has: neither too few are left, nor two by one number."""
     path = tmp_path / "a"
     async with running(load_a(app, path)) as a:
         before = pids(a)
         caller = await Caller.connect(path)
         await caller.ask_for_state()
         ours, theirs = socket.socketpair()
-        with ours:  # nobody answers what the worker sends there
-            tunnel = await open_tunnel(port_of(a))
-            leaving = spawn(caller.ask("depart", {"worker": 0, "grace_s": 30.0}, (theirs.fileno(),)), "depart")
-            await until(lambda: a.fleet.leaving, "a worker is leaving")
-            theirs.close()
-            caller.channel.close()
-            await asyncio.gather(leaving, return_exceptions=True)
-            await until(lambda: caller.channel.is_closed, "the caller is gone")
+        with ours, theirs:
+            (await caller.ask("depart", {"worker": 0, "grace_s": 30.0}, (theirs.fileno(),))).close()
+        assert len(pids(a)) == 1
+        caller.channel.close()
         await until(lambda: not a.is_handing_over, "A goes on")
-        assert sorted(link.index for link in a.fleet.links) == [0, 1]
-        assert len(set(pids(a)) & set(before)) in {1, 2}
-        await tunnel.echo()
+        assert len(pids(a)) == 2
+        assert len(set(pids(a)) & set(before)) == 1
         for _ in range(10):
             assert (await ask(port_of(a), "/")).body == b"app"
+
+
+async def test_a_worker_that_cannot_leave_stays_and_none_comes_in_its_place(app: App, tmp_path: Path) -> None:
+    """Its successor is gone before it is known whether it has left."""
+    path = tmp_path / "a"
+    async with running(load_a(app, path, workers=1)) as a:
+        before = pids(a)
+        tunnel = await open_tunnel(port_of(a))
+        caller = await Caller.connect(path)
+        await caller.ask_for_state()
+        ours, theirs = socket.socketpair()
+        with ours:  # nobody answers what the worker sends there
+            leaving = spawn(caller.ask("depart", {"worker": 0, "grace_s": 30.0}, (theirs.fileno(),)), "depart")
+            await until(lambda: a.fleet.leaving, "the worker is leaving")
+            theirs.close()
+            caller.channel.close()
+            with pytest.raises(ChannelError):
+                await leaving
+            await until(lambda: a._hand_over is not None and a._hand_over._restoring is not None, "A knows")
+            assert a.is_handing_over
+        await until(lambda: not a.is_handing_over, "A goes on")
+        assert pids(a) == before
+        await tunnel.echo()
+        assert (await ask(port_of(a), "/")).body == b"app"
         tunnel.client._writer.transport.abort()
 
 
