@@ -108,7 +108,6 @@ async def spoken() -> AsyncIterator[Spoken]:
 @asynccontextmanager
 async def app(text: bytes) -> AsyncIterator[int]:
     """Answer each request with a text; give the port."""
-
     writers: list[asyncio.StreamWriter] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
