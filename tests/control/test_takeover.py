@@ -284,11 +284,15 @@ async def test_when_a_worker_has_left_for_nothing_another_comes(app: App, tmp_pa
             assert (await ask(port_of(a), "/")).body == b"app"
 
 
-async def test_a_worker_that_cannot_leave_stays_and_none_comes_in_its_place(app: App, tmp_path: Path) -> None:
+async def test_a_worker_that_cannot_leave_stays_and_none_comes_in_its_place(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its successor is gone before it is known whether it has left."""
     path = tmp_path / "a"
     async with running(load_a(app, path, workers=1)) as a:
         before = pids(a)
+        started: list[object] = []
+        monkeypatch.setattr("stickyproxy.control.fleet.start_process", started.append)
         tunnel = await open_tunnel(port_of(a))
         caller = await Caller.connect(path)
         await caller.ask_for_state()
@@ -303,7 +307,7 @@ async def test_a_worker_that_cannot_leave_stays_and_none_comes_in_its_place(app:
             await until(lambda: a._hand_over is not None and a._hand_over._restoring is not None, "A knows")
             assert a.is_handing_over
         await until(lambda: not a.is_handing_over, "A goes on")
-        assert pids(a) == before
+        assert (pids(a), started) == (before, [])
         await tunnel.echo()
         assert (await ask(port_of(a), "/")).body == b"app"
         tunnel.client._writer.transport.abort()

@@ -186,7 +186,8 @@ async def test_a_worker_that_stands_still_is_seen(stage: Stage) -> None:
 async def test_a_client_with_connections_to_both_workers_is_one_session(stage: Stage) -> None:
     app = await stage.app()
     proxy = await stage.serve(app)
-    clients, workers, shared = [], proxy.workers, 0
+    clients: list[list[PlainClient]] = []
+    workers, shared = proxy.workers, 0
     while len(clients) < SHARED or (not shared and len(clients) < MOST):  # who accepts is as it happens
         first = await proxy.connect()
         cookie = (await first.ask("/")).cookie
