@@ -325,6 +325,70 @@ def test_the_log_has_the_level_of_the_file(monkeypatch: pytest.MonkeyPatch, serv
     assert levels == [Config().log_level]
 
 
+def test_serve_takes_over_from_the_proxy_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    async def note(_: Loaded, **more: object) -> None:
+        given.append(more["take_over"])
+
+    monkeypatch.setattr(cli, "run_proxy", note)
+    monkeypatch.setattr(cli, "set_up_log", lambda _level: None)
+    assert run("serve", "--take-over", "/run/a.hand-over", "http://127.0.0.1:1").exit_code == 0
+    assert run("serve", "http://127.0.0.1:1").exit_code == 0
+    assert given == [Path("/run/a.hand-over"), None]
+
+
+# reload, upgrade
+
+
+@pytest.mark.parametrize("command", ["reload", "upgrade"])
+def test_a_command_for_a_proxy_that_is_not_there_is_one_clear_line(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "nobody.control"
+    done = run_process(command, "--control", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("stickyproxy: ")
+    assert str(path) in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "nothing has changed\n"),
+        (["grace: 1h -> 2h", "upstreams: b removed"], "grace: 1h -> 2h\nupstreams: b removed\n"),
+    ],
+)
+def test_reload_says_what_has_changed(monkeypatch: pytest.MonkeyPatch, changes: list[str], said: str) -> None:
+    asked: list[tuple[Path | None, str]] = []
+
+    async def post(control: Path | None, path: str) -> dict[str, Any]:
+        asked.append((control, path))
+        return {"changes": changes}
+
+    monkeypatch.setattr(cli, "_post", post)
+    result = run("reload", "--control", "/run/a.control")
+    assert (result.exit_code, result.stdout) == (0, said)
+    assert asked == [(Path("/run/a.control"), "/api/v1/reload")]
+
+
+def test_upgrade_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[dict[str, Any]] = [
+        {"state": "ok", "from": "1.0", "to": "1.1", "moved_tunnels": 3},
+        {"state": "failed", "reason": "the new version cannot be imported"},
+    ]
+
+    async def upgrade(_: Path) -> dict[str, Any]:
+        return statuses.pop(0)
+
+    monkeypatch.setattr(cli, "_upgrade", upgrade)
+    good = run("upgrade", "--control", "/run/a.control")
+    assert good.exit_code == 0
+    assert good.stdout.startswith("upgraded from version 1.0 to 1.1: ")
+    bad = run("upgrade", "--control", "/run/a.control")
+    assert (bad.exit_code, bad.stdout) == (1, "")
+    assert bad.stderr == "stickyproxy: cannot upgrade, the old version goes on: the new version cannot be imported\n"
+
+
 # demo
 
 

@@ -278,7 +278,7 @@ async def test_when_a_worker_has_left_for_nothing_another_comes(app: App, tmp_pa
         assert len(pids(a)) == 1
         caller.channel.close()
         await until(lambda: not a.is_handing_over, "A goes on")
-        assert len(pids(a)) == 2
+        await until(lambda: len(pids(a)) == 2, "another worker has come")
         assert len(set(pids(a)) & set(before)) == 1
         for _ in range(10):
             assert (await ask(port_of(a), "/")).body == b"app"

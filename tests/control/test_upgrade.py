@@ -229,7 +229,7 @@ async def test_no_thread_takes_a_held_signal() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         masks.append(await asyncio.to_thread(signal.pthread_sigmask, signal.SIG_BLOCK, ()))
         new = threads_of().keys() - known
-        assert len(new) >= 2  # the pool of the executor, and that of the loop
+        assert new  # the pool of the executor; that of the loop, where no test before has made it
         held = sum(1 << (number - 1) for number in HELD_SIGNALS)
         assert [mask & held for one, mask in threads_of().items() if one in new] == [held] * len(new)
         assert masks[0] >= HELD_SIGNALS
