@@ -345,7 +345,7 @@ def test_serve_takes_over_from_the_proxy_that_is_named(monkeypatch: pytest.Monke
 def test_a_command_for_a_proxy_that_is_not_there_is_one_clear_line(command: str, tmp_path: Path) -> None:
     path = tmp_path / "nobody.control"
     done = run_process(command, "--control", path)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert line.startswith("stickyproxy: ")
     assert str(path) in line

@@ -76,6 +76,8 @@ class Readings:
         """Return why no client should be sent here, as one line, or None where there is no reason."""
         if not self.is_ready:
             return "the proxy is stopping" if self._was_ready else "the proxy is starting"
+        if not self._supervisor.fleet.links:
+            return "no worker is running"
         upstreams = self._supervisor.routing.snapshot.upstreams
         if any(upstream.accepts_pinned for upstream in upstreams):
             return None
