@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
+from stickyproxy.config.schema import MAX_WORKERS
 from stickyproxy.control.inheritance import open_socket
 from stickyproxy.control.messages import write_address, write_snapshot
 from stickyproxy.control.registry import SessionRegistry
 from stickyproxy.control.worker_link import WorkerLink, start_process
 from stickyproxy.errors import ChannelError, UsageError
 from stickyproxy.observe.table import Table, Totals
-from stickyproxy.proxy.board import MAX_SLOTS, MAX_WORKERS, Board
+from stickyproxy.proxy.board import MAX_SLOTS, Board
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _PUBLISH_S: Final = 0.002  # changes within so long are published together: one 
 _ACKNOWLEDGED_S: Final = 5.0
 _BACK_OFF_S: Final = (0.0, 0.1, 0.5, 2.0, 5.0)  # before a worker that ends again and again is replaced
 _STABLE_S: Final = 30.0
-_HAND_OVER_S: Final = 120.0  # for a worker to move all that can move at once; 10,000 tunnels take some 2 s
+HAND_OVER_S: Final = 120.0  # for a worker to move all that can move at once; 10,000 tunnels take some 2 s
 _HAND_OVER_TRIES: Final = 3
 _ARRIVE_S: Final = 10.0  # for a worker to be ready for what another one gives it
 _RETRY_S: Final = 1.0
@@ -275,7 +276,7 @@ class Fleet:
         return Counter() if was_leaving else Counter(failed=1)
 
     async def _depart(self, old: WorkerLink, descriptors: Sequence[int], grace_s: float) -> dict[str, int]:
-        answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=_HAND_OVER_S)
+        answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=HAND_OVER_S)
         moved = {f"moved_{kind}": count for kind, count in answer.body.get("moved", {}).items()}
         return moved | {f"left_{kind}": count for kind, count in answer.body.get("left", {}).items()}
 
@@ -292,10 +293,6 @@ class Fleet:
                 self.links.append(link)
                 link.is_leaving = False
             raise
-
-    async def restore(self) -> None:
-        """Have as many workers again as there should be, in place of those that have left for nothing."""
-        await self.resize(0.0)
 
     async def gone(self) -> None:
         """Wait until all workers that are leaving have ended."""

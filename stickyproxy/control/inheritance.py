@@ -18,6 +18,7 @@ from stickyproxy.config import Loaded
 from stickyproxy.control.messages import PROTOCOL, read_address, write_address
 from stickyproxy.errors import ChannelError, UsageError
 from stickyproxy.observe.counters import ProbeCounters
+from stickyproxy.observe.table import make_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -190,16 +191,6 @@ def leave(inheritance: Inheritance, *, is_check: bool) -> tuple[int, dict[str, s
         file.write(text)
     value = f"{'check' if is_check else 'run'}:{descriptor}"
     return descriptor, {**os.environ, _VARIABLE: value}
-
-
-def make_memory(name: str) -> int:
-    """Return the descriptor of memory that has no name elsewhere; a file without a name where there is no such."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
-    import tempfile  # noqa: PLC0415 -- pragma: no cover, not on Linux
-
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def take(environ: MutableMapping[str, str] = os.environ) -> tuple[Inheritance, bool] | None:

@@ -342,14 +342,9 @@ class Supervisor:
         self.readings.is_ready = False
         self.sockets.disown()
         await self._stop_admin()
-        if self._hand_over is not None:
-            self._hand_over.close()
         if self.control is not None:
             await self.control.stop()
-        for path, link in self._private.values():
-            link.close()
-            path.unlink(missing_ok=True)
-        self._private.clear()
+        self._close_private()
         logger.info("another proxy has taken over: this one ends once its last connections have")
         spawn(self._end_handed_over(), "end after the hand-over")
 
@@ -390,9 +385,11 @@ class Supervisor:
         return link
 
     def _close_private(self) -> None:
-        if self._hand_over is not None and self._private:
+        """Take no commands and no successor any more; once, as the paths may be another proxy's by the second time."""
+        private, self._private = self._private, {}
+        if self._hand_over is not None and private:
             self._hand_over.close()
-        for path, link in self._private.values():
+        for path, link in private.values():
             link.close()
             path.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 from stickyproxy import __version__
 from stickyproxy.config.written import write_section
 from stickyproxy.control.channel import Channel, Message
+from stickyproxy.control.fleet import HAND_OVER_S
 from stickyproxy.control.inheritance import open_socket
 from stickyproxy.control.messages import PROTOCOL, read_address, write_address
 from stickyproxy.control.runtime import ForeignPeerError, check_peer
@@ -41,7 +42,6 @@ _SILENT_S: Final = 10.0  # for whoever has connected to say what it wants
 _TRIES: Final = 3  # for each worker
 _RETRY_S: Final = 1.0
 _LOOK_S: Final = 0.1
-_HAND_OVER_S: Final = 120.0  # for one worker to move all that can move
 
 
 class HandOverListener:
@@ -164,7 +164,7 @@ class HandOverListener:
         if self._departing:
             await asyncio.wait(tuple(self._departing))
         try:
-            await self._supervisor.fleet.restore()
+            await self._supervisor.fleet.resize(0.0)
         except UsageError as error:
             logger.error("there are fewer workers than there should be: %s", error)  # noqa: TRY400 -- the reason is all
         self._supervisor.on_free()
@@ -274,7 +274,7 @@ class Predecessor:
             await new.channel.request("arrive", {}, [ours.fileno()])
             # Always the first: one that has handed over is no longer among them.
             body = {"worker": 0, "grace_s": grace_s}
-            return await self._channel.request("depart", body, [theirs.fileno()], timeout_s=_HAND_OVER_S)
+            return await self._channel.request("depart", body, [theirs.fileno()], timeout_s=HAND_OVER_S)
 
     async def _is_gone(self) -> bool:
         """Say whether nobody listens at the hand-over socket any more; the end of a process takes a moment."""

@@ -157,15 +157,11 @@ class Upgrader:
 def describe(status: Mapping[str, Any]) -> str:
     """Return what has moved in an upgrade and what has not, in words."""
     moved = f"{status.get('moved_tunnel', 0)} tunnels and {status.get('moved_downstream', 0)} connections have moved"
-    left = {
-        kind: status.get(f"left_{kind}", 0) for kind in ("tls", "exchange", "ending", "waiting", "handshake", "refused")
-    }
-    words = {"tls": "of TLS", "exchange": "in an exchange", "ending": "ending", "waiting": "with unsent bytes",
-             "handshake": "in a handshake", "refused": "that were refused"}  # fmt: skip
     failed = status.get("failed", 0)
     if failed:
         moved += f"; {failed} old workers could not hand over, and serve on: the log says why"
-    rest = ", ".join(f"{count} {words[kind]}" for kind, count in left.items() if count)
+    left = {words: status.get(f"left_{kind}", 0) for kind, words in _LEFT.items()}
+    rest = ", ".join(f"{count} {words}" for words, count in left.items() if count)
     if not rest:
         return moved
     return f"{moved}; {rest} cannot, and have {status.get('grace_s', 0):g} s to end in the old workers"

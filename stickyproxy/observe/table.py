@@ -51,6 +51,17 @@ _BLOCKS_AT_ONCE: Final = 32  # read together
 _MAX_COUNT: Final = 1 << 60  # of a counter; sums must fit into 63 bits
 
 
+def make_memory(name: str) -> int:
+    """Return the descriptor of memory that other processes can share; `name` is for those who look at processes.
+
+    It is a file that has no name where there is no such memory.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:  # pragma: no cover -- where there is no Linux
+        return os.dup(file.fileno())
+
+
 class TableError(StickyproxyError):
     """The memory is no table, or a torn one; the text says why."""
 
@@ -108,10 +119,7 @@ class Table:
     @classmethod
     def create(cls) -> Self:
         """Return a table that nobody has laid out yet. Its memory is there once it is written to."""
-        if hasattr(os, "memfd_create"):
-            return cls(os.memfd_create("stickyproxy-counters"))
-        with tempfile.TemporaryFile() as file:  # pragma: no cover -- where there is no Linux
-            return cls(os.dup(file.fileno()))
+        return cls(make_memory("stickyproxy-counters"))
 
     @property
     def plane(self) -> PlaneCounters:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Final, Self
 
 from typing_extensions import override
 
+from stickyproxy.config.schema import MAX_WORKERS
+from stickyproxy.observe.table import make_memory
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_SLOTS: Final = 1100  # the 1,000 upstreams that a configuration may have, and some that were removed just now
-MAX_WORKERS: Final = 64
 _CELLS: Final = 1 + MAX_WORKERS  # of a slot
 _CELL_BYTES: Final = 8
 
@@ -48,7 +50,7 @@ class Board:
     @classmethod
     def create(cls) -> Self:
         """Return an empty board."""
-        board = cls(os.memfd_create("stickyproxy-board"))
+        board = cls(make_memory("stickyproxy-board"))
         board._key[:] = os.urandom(_KEY_BYTES)
         return board
 

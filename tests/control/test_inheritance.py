@@ -18,7 +18,6 @@ from stickyproxy.control.inheritance import (
     WorkerState,
     export_counts,
     leave,
-    make_memory,
     open_socket,
     restore_counts,
     take,
@@ -27,6 +26,7 @@ from stickyproxy.control.messages import PROTOCOL
 from stickyproxy.control.supervisor import Supervisor
 from stickyproxy.errors import UsageError
 from stickyproxy.observe.counters import LAG_BOUNDS_S, Histogram, ProbeCounters
+from stickyproxy.observe.table import make_memory
 from tests.helpers.loops import no_leak
 from tests.helpers.supervised import load
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stickyproxy.affinity.snapshot import upstream_digest
+from stickyproxy.config.schema import MAX_WORKERS
 from stickyproxy.proxy import board as board_module
-from stickyproxy.proxy.board import MAX_SLOTS, MAX_WORKERS, AddressCells, Board, Place
+from stickyproxy.proxy.board import MAX_SLOTS, AddressCells, Board, Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
