@@ -253,7 +253,10 @@ class Supervisor:
                 await former.stop()
         self.sockets.close([address for address in self.sockets if address not in _addresses(config)])
         await self.fleet.published()
-        await self.fleet.resize(config.grace_s)
+        try:
+            await self.fleet.resize(config.grace_s)
+        except UsageError as error:  # all else has changed by now
+            logger.error("there are fewer workers than there should be: %s", error)  # noqa: TRY400 -- the reason is all
 
     def _find_secrets_after(self, before: Config, config: Config) -> tuple[bytes, ...]:
         """Return the secrets; those in use stay where nothing is said of them, wherever they came from."""

@@ -132,7 +132,8 @@ class Worker:
         self.config = config
         self._report_on = report
         self.access_log = _open_access_log(config)
-        self._former_logs: list[AccessLog] = []
+        self._former_logs: list[AccessLog] = []  # that are being closed
+        self._dropped = 0  # lines of those that are closed
         self.plane = Plane(
             make_settings(config, connections),
             make_sessions(config, secrets),
@@ -146,7 +147,7 @@ class Worker:
     def tick(self) -> None:
         """Show in the counters what the plane does not know."""
         logs = (*self._former_logs, *([] if self.access_log is None else [self.access_log]))
-        self.plane.counters.cells[ACCESS_LOG_DROPPED] = sum(log.dropped for log in logs)
+        self.plane.counters.cells[ACCESS_LOG_DROPPED] = self._dropped + sum(log.dropped for log in logs)
 
     def add_listeners(
         self, bound: Mapping[Address, socket.socket], contexts: Mapping[Address, ssl.SSLContext] | None = None
@@ -199,7 +200,7 @@ class Worker:
             before, self.access_log = self.access_log, _open_access_log(config)
             if before is not None:
                 self._former_logs.append(before)
-                spawn(asyncio.to_thread(before.close), "close the former access log")  # it waits for its reader
+                spawn(self._close_former(before), "close the former access log")
             self.plane.log = self.access_log.write if self.access_log is not None else None
         self.config = config
         self.plane.change_settings(make_settings(config, connections))
@@ -211,6 +212,12 @@ class Worker:
             one = written[address]
             listener.change_role(Role(contexts.get(address), one.proxy_protocol, one.redirect_to_https))
         self.plane.gate.listeners = list(self.listeners.values())
+
+    async def _close_former(self, log: AccessLog) -> None:
+        """Close an access log that is no longer written; it waits for its reader, so in a thread."""
+        await asyncio.to_thread(log.close)
+        self._former_logs.remove(log)
+        self._dropped += log.dropped
 
     def renew(self, address: Address, context: ssl.SSLContext) -> None:
         """Let a listener use another TLS context from its next connection on; nothing where it is gone."""
