@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _COMMAND_S = 300.0  # for a command to be carried out
 _DEFAULT_LISTEN = "127.0.0.1:8080"
 _DEFAULT_ADMIN = "127.0.0.1:9090"
-_DEMO = "log_level: warning"
+_DEMO = "{log_level: warning, control: false, hand_over: false}"  # it cannot be upgraded: the apps are its own
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
