@@ -185,8 +185,13 @@ class Fleet:
             received=state.received,
         )
         link.version, link.is_ready, link.is_leaving = state.version, True, state.is_retiring
-        link.channel.send("report_all")
         return link
+
+    async def learn(self) -> None:
+        """Ask the workers that a former image had for their sessions, so that nobody sees less than there are."""
+        await asyncio.gather(
+            *(link.channel.request("report_all", timeout_s=_ACKNOWLEDGED_S) for link in self), return_exceptions=True
+        )
 
     async def start_successors(self, program: Program) -> list[WorkerLink]:
         """Start workers of another version, and return them; raise UsageError, with none left, where one cannot."""

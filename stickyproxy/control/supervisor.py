@@ -191,7 +191,7 @@ class Supervisor:
         else:
             self.reloader.restore(inherited.counts)
             restore_counts(self, inherited.counts)
-            await self.resolver.start()
+            await asyncio.gather(self.fleet.learn(), self.resolver.start())
         self.prober.start()
         stack.push_async_callback(self._stop_admin)
         await self._start_admin()

@@ -138,6 +138,8 @@ class Receiver:
             self._channel.refuse(message, f"what came are no sessions: {error!r}")
             return
         plane.sessions.take_in(sessions, plane.now)
+        if plane.on_tick is not None:
+            plane.on_tick()  # before the sender forgets them: no session is ever counted by nobody
         self._channel.answer(message)
 
     def _begin(self, message: Message) -> None:
