@@ -460,7 +460,6 @@ class Exchange:
             status, reason, proxy_status = _NOT_DEAD[outcome]
             self.fail(ResponseError(reason, status=status, phase="connect", proxy_status=proxy_status))
             return
-        self._place.leave()
         self._place.give_up(pool)
         self._choose_and_attempt()
 

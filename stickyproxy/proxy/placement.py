@@ -28,14 +28,15 @@ _FULL_RETRY_S = 10  # sessions end by the minute
 class Placement:
     """The placement of one exchange; `pool` is the upstream's that it is counted at, None before and after."""
 
-    __slots__ = ("_forwarded", "_head", "_is_new", "_plane", "_sets_cookie", "_token", "_tried", "outcome", "pool",
-                 "session")  # fmt: skip
+    __slots__ = ("_forwarded", "_head", "_is_new", "_is_placed", "_plane", "_sets_cookie", "_token", "_tried",
+                 "outcome", "pool", "session")  # fmt: skip
 
     def __init__(self, plane: Plane, head: RequestHead, forwarded: ForwardedWriter) -> None:
         self._plane = plane
         self._head = head
         self._forwarded = forwarded
         self._is_new = False  # the session was made for this exchange, and its client does not hold the token yet
+        self._is_placed = False  # the upstream was chosen for the client just now
         self._token = Outcome.NEW
         self._sets_cookie = False
         self._tried: frozenset[bytes] = frozenset()
@@ -99,7 +100,7 @@ class Placement:
         elif plane.cookie_writer is not None:
             self.session = plane.sessions.begin(plane.new_client_id(), pool.digest, plane.wall)
             self._is_new = self._sets_cookie = True
-        plane.on_placed(pool)
+        self._is_placed = True
         return self._enter(pool)
 
     def _address_key(self) -> bytes | None:
@@ -119,7 +120,8 @@ class Placement:
         self._tried = frozenset()
 
     def give_up(self, pool: Pool) -> None:
-        """Note that an upstream was tried in vain; the next choice will be another."""
+        """End the count at an upstream that was tried in vain; the next choice will be another."""
+        self._uncount()
         self._tried |= {pool.digest}
 
     @property
@@ -134,14 +136,23 @@ class Placement:
         session = self.session
         if session is None or self._is_new:
             pool.strangers += 1
+            if self._is_placed:
+                self._plane.show_load(pool)
         else:
             session.open += 1
-            if session.active_at != self._plane.now and self._plane.sessions.touch(session, self._plane.now):
+            is_back = session.active_at != self._plane.now and self._plane.sessions.touch(session, self._plane.now)
+            if is_back and not self._is_placed:
                 pool.on_return(self._plane.wall - session.pinned_at)
         return pool
 
     def leave(self) -> None:
-        """End the count that `choose` began."""
+        """End the count that `choose` began; a new client then counts as placed just now."""
+        pool = self.pool
+        self._uncount()
+        if pool is not None and self._is_placed and (self.session is None or self._is_new):
+            pool.placed += 1
+
+    def _uncount(self) -> None:
         pool, self.pool = self.pool, None
         if pool is None:
             return
@@ -157,6 +168,7 @@ class Placement:
         The tunnel undoes it: `open` of the session, or `strangers` of the pool where there is none.
         """
         session, pool = self.session, self.pool
+        self._is_placed = False  # the tunnel counts for the client from now on
         if session is None:
             if pool is not None:
                 pool.strangers += 1
@@ -166,7 +178,6 @@ class Placement:
             pool.strangers -= 1
             session.open += 1
             self._plane.sessions.touch(session, self._plane.now)
-            pool.on_return(0.0)
         session.open += 1
         return session
 

@@ -178,9 +178,8 @@ class Plane:
         """Return how many clients this process knows of at an upstream beyond the sessions that all know of."""
         return pool.strangers + pool.placed + pool.placed_before + self.sessions.count_unreported(pool.digest)
 
-    def on_placed(self, pool: Pool) -> None:
-        """Note that a client was placed at an upstream; other workers see it at once."""
-        pool.placed += 1
+    def show_load(self, pool: Pool) -> None:
+        """Let other workers see at once how many clients an upstream has here."""
         if self._place is not None:
             self._place.write(pool.digest, self._beyond(pool))
 

@@ -28,7 +28,8 @@ class Pool:
     """Connections to one upstream that wait for their next exchange, the last used first.
 
     `strangers` counts exchanges and tunnels under way that belong to no session; `placed` and `placed_before` the
-    clients placed here in this window of 5 s and the one before: they have no session yet, but will. `authority`
+    clients placed here whose first exchange ended in this window of 5 s and the one before: they have no session yet,
+    but will. `authority`
     stands for a missing Host.
     """
 

@@ -41,7 +41,7 @@ PULSES = st.builds(PulseState, silent_s=TIMES, heard_bytes=SIZES, pinged_s=st.no
 RECORDS = st.builds(Record, TEXT, TEXT, TEXT, st.integers(100, 599), target=DATA, upstream=TEXT, duration_s=TIMES)
 ORIGINS = st.builds(ConnectionOrigin, address=TEXT, port=TEXT, is_https=st.booleans(), is_trusted=st.booleans())
 SESSIONS = st.just((b"", b"", 0)) | st.tuples(
-    st.binary(min_size=10, max_size=10), st.binary(min_size=8, max_size=8), SIZES
+    st.binary(min_size=10, max_size=10), st.binary(min_size=8, max_size=8), st.integers(0, (1 << 32) - 1)
 )
 TUNNELS = st.builds(
     lambda session, **rest: TunnelState(client_id=session[0], pinned_to=session[1], pinned_at=session[2], **rest),
@@ -121,6 +121,7 @@ def with_client(**values: Any) -> dict[str, Any]:
         (TUNNEL.to_json() | {"digest": "%"}, "tunnel.digest is no base64"),
         (TUNNEL.to_json() | {"digest": "ä"}, "tunnel.digest is no base64"),
         (TUNNEL.to_json() | {"client_id": "MTIz"}, "session is none"),
+        (TUNNEL.to_json() | {"pinned_at": 1 << 32}, "after the end of all tokens"),
         (TUNNEL.to_json() | {"age_s": -1}, "tunnel.age_s"),
         (TUNNEL.to_json() | {"age_s": float("nan")}, "tunnel.age_s"),
         (TUNNEL.to_json() | {"age_s": float("inf")}, "tunnel.age_s"),

@@ -256,7 +256,8 @@ async def test_a_new_client_is_placed_elsewhere_when_nobody_answers(start: Start
     await first.stop()
     for _ in range(4):
         assert (await visit(proxy))[0] is second
-    assert proxy.pool(first).strangers == 0
+    assert (proxy.pool(first).strangers, proxy.pool(first).placed) == (0, 0)
+    assert proxy.pool(second).placed == 4
 
 
 async def test_refuse_answers_503_and_keeps_the_pin(start: Start) -> None:
@@ -349,10 +350,10 @@ async def test_counts_while_it_is_under_way(proxy: PlaneUnderTest) -> None:
     client, app = await proxy.open(GET)
     await app.read_request()
     pool = proxy.pool()
-    assert (pool.counters.in_flight, pool.strangers, pool.placed) == (1, 1, 1)
+    assert (pool.counters.in_flight, pool.strangers, pool.placed) == (1, 1, 0)
     app.answer()
     cookie = (await client.read_response()).cookie
-    assert (pool.counters.in_flight, pool.strangers) == (0, 0)
+    assert (pool.counters.in_flight, pool.strangers, pool.placed) == (0, 0, 1)
     client.send(request("GET /", f"Cookie: {cookie}"))
     await app.read_request()
     (session,) = [one for one in proxy.sessions.all if one.open]

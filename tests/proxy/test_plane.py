@@ -108,7 +108,7 @@ async def test_the_load_counts_sessions_strangers_and_those_just_placed(proxy: P
     assert plane.load(upstream) == 0
     client, app = await proxy.open(GET)
     await app.read_request()
-    assert plane.load(upstream) == 2
+    assert plane.load(upstream) == 1
     app.answer()
     cookie = (await client.read_response()).cookie
     assert plane.load(upstream) == 1
@@ -291,7 +291,7 @@ async def test_a_tick_shows_what_is_open(proxy: PlaneUnderTest) -> None:
         one = reading.upstream(proxy.pool().digest)
         return reading.plane.downstreams, reading.plane.is_accepting, one.idle_connections, one.strangers, one.placed
 
-    await eventually(lambda: show() == (1, 1, 0, 1, 1), "the exchange of a client without a session")
+    await eventually(lambda: show() == (1, 1, 0, 1, 0), "the exchange of a client without a session")
     app.answer()
     await client.read_response()
     await eventually(lambda: show() == (1, 1, 1, 0, 1), "its end")
@@ -469,7 +469,8 @@ async def test_a_client_that_is_placed_counts_for_the_other_workers_at_once(star
         proxy.plane._ticker.cancel()  # so that nothing is shared by it
     pool = first.pool()
     assert loads(first, second) == [0, 0]
-    first.plane.on_placed(pool)
+    pool.strangers += 1
+    first.plane.show_load(pool)
     assert loads(first, second) == [1, 1]
     pool.strangers += 2
     assert loads(first, second) == [3, 1], "others see the rest with the next tick"
@@ -480,6 +481,7 @@ async def test_a_client_that_is_placed_counts_for_the_other_workers_at_once(star
     for proxy in (first, second):
         proxy.publish(Rules())
     assert loads(first, second) == [1, 0], "who is alone counts alone"
+    pool.strangers -= 1
     first.plane._ticker.cancel()
 
 
