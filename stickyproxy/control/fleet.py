@@ -83,6 +83,8 @@ class Fleet:
         self.board = Board.create()
         self.next_board: Board | None = None
         """That of the successors."""
+        self.moving = asyncio.Lock()
+        """Held while connections move between workers: one that takes some over cannot leave."""
         self._slots: dict[str, int] = {}
         self.restarts = 0
         self._snapshot: dict[str, Any] | None = None
@@ -216,6 +218,7 @@ class Fleet:
 
     async def leave(self, successors: Sequence[WorkerLink]) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
         """Part from all workers without ending them; return the successors, and those that they take over from."""
+        await self.moving.acquire()  # for good: another image of this process goes on
         self._is_stopping = True
         if self._publishing is not None:
             self._publish_now()
@@ -235,7 +238,8 @@ class Fleet:
         await self._accept_adopted()
         counts: Counter[str] = Counter()
         for number, old in enumerate(tuple(self.leaving)):
-            counts += await self._hand_over(old, number, grace_s)
+            async with self.moving:
+                counts += await self._hand_over(old, number, grace_s)
         return dict(counts)
 
     async def _accept_adopted(self) -> None:
@@ -291,7 +295,8 @@ class Fleet:
         self.leaving.append(link)
         link.is_leaving = True
         try:
-            return await self._depart(link, descriptors, grace_s)
+            async with self.moving:
+                return await self._depart(link, descriptors, grace_s)
         except ChannelError:
             if not link.ended.done():
                 self.leaving.remove(link)
@@ -320,7 +325,8 @@ class Fleet:
                 continue
             old = self.links.pop()
             self.leaving.append(old)
-            await self._hand_over(old, 0, grace_s)
+            async with self.moving:
+                await self._hand_over(old, 0, grace_s)
 
     async def _start_serving(self, index: int) -> WorkerLink:
         """Start one more worker, and let it accept; raise ChannelError or OSError, with nothing left of it."""
@@ -472,10 +478,11 @@ class Fleet:
     async def drain(self, grace_s: float) -> None:
         """Let all workers finish what they have, for `grace_s` seconds at most."""
         self._is_stopping = True
-        await asyncio.gather(
-            *(link.channel.request("drain", {"grace_s": grace_s}, timeout_s=grace_s + _END_S) for link in self),
-            return_exceptions=True,
-        )
+        async with self.moving:
+            await asyncio.gather(
+                *(link.channel.request("drain", {"grace_s": grace_s}, timeout_s=grace_s + _END_S) for link in self),
+                return_exceptions=True,
+            )
 
     async def close(self) -> None:
         """End all workers now; those that do not, are killed."""

@@ -184,6 +184,9 @@ class Readings:
                 for link in fleet.links
                 if link in readings and readings[link].plane.ticked_at_ns
             },
+            connections_open={
+                str(link.index): readings[link].plane.connections_open for link in fleet.links if link in readings
+            },
             reloads=dict(supervisor.reloader.outcomes),
             reloaded_at=supervisor.reloader.succeeded_at,
             upgrades=dict(supervisor.upgrader.outcomes),

@@ -14,6 +14,7 @@ from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.control.admin.app import AdminListener, make_app
 from stickyproxy.control.admin.auth import admit_same_user, make_guard
 from stickyproxy.control.admin.commands import Commands
+from stickyproxy.control.balance import Balancer
 from stickyproxy.control.certificates import CertificateWatcher, make_upstream_contexts
 from stickyproxy.control.fleet import Fleet, Orders
 from stickyproxy.control.inheritance import Inheritance, export_counts, open_socket, restore_counts
@@ -202,12 +203,19 @@ class Supervisor:
         await self._start_private(stack)
         if inherited is not None:
             await self.upgrader.take_over()
+        self._start_looking(stack)
+
+    def _start_looking(self, stack: AsyncExitStack) -> None:
+        """Start what looks at something from time to time."""
         self.certificates.start()
         self.readings.loop_lag.start()
         stack.callback(self.readings.loop_lag.stop)
         watchdog = Watchdog(self.notifier, self.readings.is_any_alive)
         watchdog.start()
         stack.push_async_callback(watchdog.stop)
+        balancer = Balancer(self.fleet)
+        balancer.start()
+        stack.callback(balancer.stop)
         self._watch_file(stack)
         stack.callback(spawn(self._watch_leaving(), "upstreams that are leaving").cancel)
 

@@ -43,12 +43,12 @@ _MAX_SECONDS: Final = 1 << 32  # of the wall clock, as in a token: until 2106
 
 
 class Sender:
-    """Gives all that can move of a worker to another one. `moved` counts by kind."""
+    """Gives what can move of a worker to another one, `limit` connections at most. `moved` counts by kind."""
 
-    def __init__(self, worker: Worker, link: socket.socket) -> None:
+    def __init__(self, worker: Worker, link: socket.socket, *, limit: float = math.inf) -> None:
         self._plane = worker.plane
         self._channel = Channel(link, lambda _: None)
-        self._mover = Mover(worker.plane, self._send)
+        self._mover = Mover(worker.plane, self._send, limit=limit)
 
     @property
     def moved(self) -> Counter[str]:

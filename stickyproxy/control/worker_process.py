@@ -41,9 +41,10 @@ logger = logging.getLogger(__name__)
 
 CHANNEL_DESCRIPTOR: Final = 3
 _RETIRE_S: Final = 2.0  # over which the tunnels that could not move are closed, and as long again for their answers
+_SHARE_S: Final = 1.0  # for connections in use to come to the end of their exchange
 _ORPHAN_S: Final = 1.0  # for the Close frames of its tunnels, once the supervisor is gone
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_LONG: Final = frozenset({"drain", "depart"})  # others are handled meanwhile
+_LONG: Final = frozenset({"drain", "depart", "share"})  # others are handled meanwhile
 
 
 class WorkerProcess:
@@ -67,6 +68,7 @@ class WorkerProcess:
             "renew": self._on_renew,
             "report_all": self._on_report_all,
             "arrive": self._on_arrive,
+            "share": self._on_share,
             "depart": self._on_depart,
             "drain": self._on_drain,
             "ping": self._on_ping,
@@ -204,6 +206,24 @@ class WorkerProcess:
     async def _on_arrive(self, message: Message) -> None:
         """Take over what another worker sends over the socket that comes with the message."""
         Receiver(self._running, _only_socket(message))
+
+    async def _on_share(self, message: Message) -> dict[str, Any]:
+        """Give some connections to the worker at the other end of the socket that comes with the message.
+
+        The answer says how many have moved, by kind: `count` at most, since those in use are waited for but a second.
+        """
+        if self._is_departing or self._retiring is not None or self._is_ending:
+            raise ChannelError("the worker is handing over or ending already")
+        self._is_departing = True
+        try:
+            sender = Sender(self._running, _only_socket(message), limit=int(message.body["count"]))
+            try:
+                await sender.finish(_SHARE_S)
+            finally:
+                await sender.close()
+        finally:
+            self._is_departing = False
+        return {"moved": dict(sender.moved)}
 
     async def _on_depart(self, message: Message) -> dict[str, Any]:
         """Give all that can move to the worker at the other end of the socket that comes with the message, and end.

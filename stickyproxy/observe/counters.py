@@ -146,6 +146,7 @@ _CLOSES: Final = UPSTREAM.add("counter", "closes", INITIATORS, CLOSE_CODES, CAUS
 PLANE: Final = Layout()
 TICKED_AT: Final = PLANE.add("mark", "ticked_at")  # of the last tick, in nanoseconds of the monotonic clock
 DOWNSTREAMS: Final = PLANE.add("gauge", "downstreams")  # open connections of clients, as of the last tick
+CONNECTIONS_OPEN: Final = PLANE.add("gauge", "connections_open")  # likewise, with tunnels and handshakes
 IS_ACCEPTING: Final = PLANE.add("gauge", "is_accepting")  # likewise
 CONNECTIONS: Final = PLANE.add("counter", "connections")  # accepted in all
 ACCEPT_PAUSES: Final = PLANE.add("counter", "accept_pauses")
@@ -369,6 +370,11 @@ class PlaneCounters:
     def downstreams(self) -> int:
         """Return how many connections of clients were open at the last tick; tunnels are not among them."""
         return self.cells[DOWNSTREAMS]
+
+    @property
+    def connections_open(self) -> int:
+        """Return how many connections of clients were open at the last tick, whatever they were at."""
+        return self.cells[CONNECTIONS_OPEN]
 
     @property
     def is_accepting(self) -> int:

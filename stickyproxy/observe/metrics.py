@@ -67,8 +67,9 @@ class Numbers:
     `affinity`, `handshakes`, `name_lookups` and `certificate_reloads` are by outcome and `breaks` by reason; `guarded`
     says of each cluster whether it serves although no upstream is healthy; `certificates` are the times at which they
     expire, in seconds since 1970, by listener and file. `event_loop_lag` is by kind of process. `ticks` says of each
-    worker how many seconds ago its loop last ticked; `reloads` and `upgrades` are by outcome, `reloaded_at` is the
-    time since 1970 of the last configuration that was taken, and `handed_over` counts connections and tunnels.
+    worker how many seconds ago its loop last ticked, `connections_open` how many it has; `reloads` and
+    `upgrades` are by outcome, `reloaded_at` is the time since 1970 of the last configuration that was taken, and
+    `handed_over` counts connections and tunnels.
     """
 
     version: str
@@ -90,6 +91,7 @@ class Numbers:
     workers: int = 0
     worker_restarts: int = 0
     ticks: Mapping[str, float] = field(default_factory=dict)
+    connections_open: Mapping[str, int] = field(default_factory=dict)
     reloads: Mapping[str, int] = field(default_factory=dict)
     reloaded_at: float | None = None
     upgrades: Mapping[str, int] = field(default_factory=dict)
@@ -363,6 +365,12 @@ def _name_workers(numbers: Numbers) -> Iterator[Metric]:
     for worker, age_s in numbers.ticks.items():
         ticks.add_metric((worker,), age_s)
     yield ticks
+    connections = _gauge(
+        "worker_connections", "Connections of clients that a worker has, tunnels among them.", "worker"
+    )
+    for worker, count in numbers.connections_open.items():
+        connections.add_metric((worker,), count)
+    yield connections
     reloads = _counter("reloads", "Times that the configuration was read again, by outcome.", "outcome")
     for outcome in RELOAD_OUTCOMES:
         reloads.add_metric((outcome,), numbers.reloads.get(outcome, 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections import Counter, deque
 from contextlib import suppress
@@ -145,11 +146,15 @@ class Mover:
     `send` gives a batch to the other process: each departure's `state` with its `descriptors`. It returns True once
     that process goes on with all of them, and False if it goes on with none; it raises where it cannot be reached, and
     then too it must go on with none. Nothing that it raises is caught, but for the connections to come back first.
+    `limit` is how many may leave at most.
     """
 
-    def __init__(self, plane: Plane, send: Callable[[Sequence[Departure]], Awaitable[bool]]) -> None:
+    def __init__(
+        self, plane: Plane, send: Callable[[Sequence[Departure]], Awaitable[bool]], *, limit: float = math.inf
+    ) -> None:
         self._plane = plane
         self._send = send
+        self._free = limit  # so many more may leave
         self._taken: deque[Departure] = deque()  # between two exchanges
         self._staying: set[Tunnel | Downstream] = set()  # the other process did not want them
         self._woken = asyncio.Event()
@@ -178,7 +183,7 @@ class Mover:
         That may be for ever: a response can be endless. Give it a deadline and `stop`.
         """
         left = await self.move()
-        while any(left[kind] for kind in _MOVABLE_LATER):
+        while self._taken or (self._free and any(left[kind] for kind in _MOVABLE_LATER)):
             self._woken.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _LOOK_S)
@@ -220,7 +225,12 @@ class Mover:
         return True
 
     def _depart(self, one: Tunnel | Downstream) -> Departure | None:
-        return depart(self._plane, one) if one.may_leave and one not in self._staying else None
+        if not (self._free and one.may_leave and one not in self._staying):
+            return None
+        departure = depart(self._plane, one)
+        if departure is not None:
+            self._free -= 1
+        return departure
 
     def _next_batch(self, candidates: Iterator[Tunnel | Downstream]) -> list[Departure]:
         batch = [self._taken.popleft() for _ in range(min(BATCH, len(self._taken)))]

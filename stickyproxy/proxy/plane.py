@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 from stickyproxy.affinity.policy import Chance
 from stickyproxy.affinity.token import CLIENT_ID_BYTES
-from stickyproxy.observe.counters import DOWNSTREAMS, IS_ACCEPTING, TICKED_AT, PlaneCounters, UpstreamCounters
+from stickyproxy.observe.counters import (
+    CONNECTIONS_OPEN,
+    DOWNSTREAMS,
+    IS_ACCEPTING,
+    TICKED_AT,
+    PlaneCounters,
+    UpstreamCounters,
+)
 from stickyproxy.proxy.addresses import AddressCounts
 from stickyproxy.proxy.crowd import Crowd
 from stickyproxy.proxy.gate import Gate
@@ -302,6 +309,7 @@ class Plane:
         """Show in the counters how much is open now, and that the loop goes on."""
         cells = self.counters.cells
         cells[DOWNSTREAMS] = len(self.downstreams)
+        cells[CONNECTIONS_OPEN] = self.connections
         cells[IS_ACCEPTING] = bool(self.gate.listeners) and self.gate.is_open and not self.is_stopping
         cells[TICKED_AT] = time.monotonic_ns()
         for pool in self.pools.values():

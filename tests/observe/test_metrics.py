@@ -280,10 +280,12 @@ def test_numbers_of_the_proxy_itself() -> None:
 
 
 def test_workers_and_how_long_ago_they_ticked_are_told() -> None:
-    value = Exposed(replace(make_numbers(), workers=2, worker_restarts=3, ticks={"0": 0.125, "1": 7.5}))
+    numbers = replace(make_numbers(), workers=2, worker_restarts=3, ticks={"0": 0.125, "1": 7.5})
+    value = Exposed(replace(numbers, connections_open={"0": 5, "1": 0}))
     assert (value("workers"), value("worker_restarts_total")) == (2, 3)
     assert value("worker_last_tick_age_seconds", worker="0") == 0.125
     assert value("worker_last_tick_age_seconds", worker="1") == 7.5
+    assert [value("worker_connections", worker=one) for one in "01"] == [5, 0]
     assert Exposed(make_numbers())("worker_last_tick_age_seconds", worker="0") is None
 
 

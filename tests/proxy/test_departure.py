@@ -740,6 +740,29 @@ async def test_an_exchange_that_becomes_a_tunnel_moves_as_one(pair: Pair) -> Non
     assert await app.read(11) == frame(b"hello", is_masked=True)
 
 
+async def test_as_many_leave_as_may(pair: Pair) -> None:
+    """First those that can at once, then one at the end of its exchange; the others stay, and are not waited for."""
+    idle = [await pair.old.client() for _ in range(3)]
+    await eventually(lambda: len(pair.old.plane.downstreams) == 3)
+    mover = Mover(pair.old.plane, pair.carrier, limit=2)
+    assert await mover.finish() == {"waiting": 1}
+    assert mover.moved == {"downstream": 2}
+    busy = [await pair.old.open(GET) for _ in range(2)]
+    mover = Mover(pair.old.plane, pair.carrier, limit=2)
+    finishing = spawn(mover.finish(), "finish")
+    await eventually(lambda: mover.moved.total() == 1)
+    assert not finishing.done()
+    for client, app in busy:
+        await app.read_request()
+        app.answer(b"one")
+        assert (await client.read_response()).body == b"one"
+    assert (await finishing).total() == 1
+    await mover.stop()
+    assert mover.moved == {"downstream": 2}
+    assert (len(pair.old.plane.downstreams), len(pair.new.plane.downstreams)) == (1, 4)
+    assert [client.ending for client in idle] == ["open"] * 3
+
+
 async def test_stop_lets_connections_stay(pair: Pair) -> None:
     client, app = await pair.old.open(GET)
     await app.read_request()
