@@ -21,7 +21,7 @@ from stickyproxy.affinity.token import CLIENT_ID_BYTES
 from stickyproxy.control.channel import Channel, Message, TooLargeError
 from stickyproxy.errors import ChannelError
 from stickyproxy.observe.counters import HANDED
-from stickyproxy.proxy.arrival import arrive
+from stickyproxy.proxy.arrival import Arrival, arrive
 from stickyproxy.proxy.departure import Mover
 from stickyproxy.proxy.handover import HandOverError, read_state
 from stickyproxy.tasks import spawn
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stickyproxy.control.worker import Worker
-    from stickyproxy.proxy.arrival import Arrival
     from stickyproxy.proxy.departure import Departure
 
 logger = logging.getLogger(__name__)
@@ -179,11 +178,16 @@ class Receiver:
             raise HandOverError("what came are no connections")
         if not all(type(one) is int and one > 0 for one in counts) or sum(counts) != len(message.descriptors):
             raise HandOverError(f"{len(message.descriptors)} descriptors came for {len(states)} connections")
-        worker = self._worker
-        for written, count in zip(states, counts, strict=True):
-            state = read_state(written)
+        worker, arriving = self._worker, []
+        for state, count in zip([read_state(written) for written in states], counts, strict=True):
             theirs, message.descriptors = message.descriptors[:count], message.descriptors[count:]
-            made.append(await arrive(worker.plane, worker.listeners.values(), state, theirs))
+            arriving.append(arrive(worker.plane, worker.listeners.values(), state, theirs))
+        # All at once: each takes some turns of the loop, which are long where thousands of tunnels are busy.
+        arrived = await asyncio.gather(*arriving, return_exceptions=True)
+        made += [one for one in arrived if isinstance(one, Arrival)]
+        for one in arrived:
+            if isinstance(one, BaseException):
+                raise one
 
     def _go(self) -> None:
         prepared, self._prepared = self._prepared, []

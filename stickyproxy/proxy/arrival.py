@@ -160,19 +160,19 @@ async def _open(plane: Plane, *descriptors: int) -> list[_Waiting]:
             link.detach()
         _close(descriptors)
         raise HandOverError(f"a descriptor is no connection: {error.strerror or error}") from error
-    made: list[_Waiting] = []
-    try:
-        for link in links:
-            made.append(await _connect(plane, link))  # noqa: PERF401 -- as above
-    except BaseException as error:
-        for waiting in made:
-            waiting.transport.abort()
-        for link in links[len(made) :]:
-            link.close()
-        if isinstance(error, OSError | RuntimeError):
-            raise HandOverError(f"the connection cannot be taken over: {error}") from error
-        raise
-    return made
+    made = await asyncio.gather(*(_connect(plane, link) for link in links), return_exceptions=True)
+    failed = [one for one in made if isinstance(one, BaseException)]
+    waiting = [one for one in made if isinstance(one, _Waiting)]
+    if failed:
+        for one in waiting:
+            one.transport.abort()
+        for link, result in zip(links, made, strict=True):
+            if isinstance(result, BaseException):
+                link.close()
+        if isinstance(failed[0], OSError | RuntimeError):
+            raise HandOverError(f"the connection cannot be taken over: {failed[0]}") from failed[0]
+        raise failed[0]
+    return waiting
 
 
 def _check(link: socket.socket) -> socket.socket:

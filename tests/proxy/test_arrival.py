@@ -131,13 +131,13 @@ async def test_a_failure_of_the_second_transport_closes_the_first(
 ) -> None:
     far, descriptors = ends
     connect_one = arrival_module._connect
-    made = list[Any]()
+    asked = list[Any]()
 
     async def connect_first(*args: Any) -> Any:
-        if made:
+        asked.append(args)
+        if len(asked) > 1:
             raise OSError("no memory")
-        made.append(await connect_one(*args))
-        return made[0]
+        return await connect_one(*args)
 
     monkeypatch.setattr(arrival_module, "_connect", connect_first)
     with pytest.raises(HandOverError, match="cannot be taken over: no memory"):
