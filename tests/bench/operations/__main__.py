@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print the report and return the exit status: 0 good, 1 something was lost, 2 it could not be run."""
     options = parse_options(arguments)
     plan = make_plan(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with it
     raise_file_limit()
     versions = {name: package_version(name) for name in ("stickyproxy", "uvloop")}
     facts = gather_facts(held="processes are held to no core", rounds=1, seconds=plan.quiet_s, versions=versions)
