@@ -2,6 +2,7 @@
 
     StickyproxyError            anything that this package raises on purpose
       UsageError                what an operator gave cannot be used (a file, an address, a command line)
+      AppError                  the app that the proxy runs does not start
       ChannelError              another process of the proxy did not do what it was asked for
       ExchangeError             one exchange cannot go on; carries side, phase, status and Proxy-Status
         RequestError            the client sent something wrong (side "downstream")
@@ -25,6 +26,10 @@ class StickyproxyError(Exception):
 
 class UsageError(StickyproxyError):
     """What the operator gave cannot be used; the text is one line for a person."""
+
+
+class AppError(StickyproxyError):
+    """The app that the proxy is to run does not start; the text says why, with what the app said last."""
 
 
 class ChannelError(StickyproxyError):

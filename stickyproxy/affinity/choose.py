@@ -43,6 +43,7 @@ class BreakReason(StrEnum):
     REMOVED = "removed"  # it is no longer in the configuration
     MAINT = "maint"  # the operator took it out
     UNREACHABLE = "unreachable"  # this exchange tried it in vain
+    CLOSED = "closed"  # the time that it had to drain is over, and nothing of the session is open
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,10 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     if question.session is None:
         return _place(snapshot, question, chance, load)
     pinned = snapshot.by_digest.get(question.session.digest)
-    reason = _why_broken(pinned, question)
+    reason = _why_broken(pinned, question.session, question.tried)
     if reason is None:
         return Choice(pinned, Outcome.HIT)
-    if reason is not BreakReason.REMOVED:
+    if pinned is not None and not pinned.is_closing:  # else it will not come back
         if snapshot.rules.on_unavailable == "refuse":
             return Choice(None, Outcome.REFUSED)
         if snapshot.rules.on_unavailable == "wait" and not question.has_waited:
@@ -99,14 +100,16 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
 
 
-def _why_broken(pinned: Upstream | None, question: Question) -> BreakReason | None:
+def _why_broken(pinned: Upstream | None, session: Session, tried: frozenset[bytes]) -> BreakReason | None:
     if pinned is None:
         return BreakReason.REMOVED
     if pinned.admin is AdminState.MAINT:
         return BreakReason.MAINT
     if pinned.is_refused:
         return BreakReason.REFUSED
-    return BreakReason.UNREACHABLE if pinned.digest in question.tried else None
+    if pinned.digest in tried:
+        return BreakReason.UNREACHABLE
+    return BreakReason.CLOSED if pinned.is_closing and not session.open else None
 
 
 def _place(snapshot: Snapshot, question: Question, chance: Chance, load: Callable[[Upstream], float]) -> Choice:
@@ -132,10 +135,8 @@ def _with_room(
 
 
 def _untried(snapshot: Snapshot, question: Question) -> tuple[Upstream, ...]:
-    """Return the upstreams for a new client; once all were tried, the ready ones that the guard left out."""
+    """Return the upstreams for a new client; once all were tried, the wanted ones that the guard left out."""
     if not question.tried:
         return snapshot.candidates
     left = tuple(u for u in snapshot.candidates if u.digest not in question.tried)
-    return left or tuple(
-        u for u in snapshot.upstreams if u.admin is AdminState.READY and u.digest not in question.tried
-    )
+    return left or tuple(u for u in snapshot.upstreams if u.is_wanted and u.digest not in question.tried)

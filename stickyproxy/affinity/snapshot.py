@@ -45,7 +45,8 @@ class Upstream:
 
     `is_refused` says that the last connection to it was refused: its process is gone, and with it every session that
     it held. A slow or failing probe never says that. With `max_sessions` sessions it is full: no new client is placed
-    there, whatever else happens; None is no bound.
+    there, whatever else happens; None is no bound. One that `is_closing` has drained for as long as it may: a pin holds
+    only while something of its session is open here.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Upstream:
     health: Health = Health.UNKNOWN
     is_refused: bool = False
     max_sessions: int | None = None
+    is_closing: bool = False
     digest: bytes = field(default=b"", compare=False)
 
     def __post_init__(self) -> None:
@@ -61,14 +63,19 @@ class Upstream:
             object.__setattr__(self, "digest", upstream_digest(self.id))
 
     @property
+    def is_wanted(self) -> bool:
+        """Say whether new clients are meant to be placed here, whatever was observed of it."""
+        return self.admin is AdminState.READY and not self.is_closing
+
+    @property
     def accepts_new(self) -> bool:
         """Say whether a client without a pin may be placed here."""
-        return self.admin is AdminState.READY and self.health is not Health.UNHEALTHY and not self.is_refused
+        return self.is_wanted and self.health is not Health.UNHEALTHY and not self.is_refused
 
     @property
     def accepts_pinned(self) -> bool:
-        """Say whether a client that is pinned here may stay: yes, unless it is dead or in maintenance."""
-        return self.admin is not AdminState.MAINT and not self.is_refused
+        """Say whether any client that is pinned here may stay: yes, unless it is dead, in maintenance or closing."""
+        return self.admin is not AdminState.MAINT and not self.is_refused and not self.is_closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +120,11 @@ class Snapshot:
         self.rules = rules
         self.by_digest = {upstream.digest: upstream for upstream in upstreams}
         self.pinnable = {upstream.digest: upstream for upstream in upstreams if upstream.accepts_pinned}
-        ready = tuple(u for u in upstreams if u.admin is AdminState.READY)
-        healthy = tuple(u for u in ready if u.accepts_new)
-        reachable = tuple(u for u in ready if not u.is_refused)
-        self.candidates = healthy or reachable or ready
-        self.is_guarded = bool(ready) and not healthy
+        wanted = tuple(u for u in upstreams if u.is_wanted)
+        healthy = tuple(u for u in wanted if u.accepts_new)
+        reachable = tuple(u for u in wanted if not u.is_refused)
+        self.candidates = healthy or reachable or wanted
+        self.is_guarded = bool(wanted) and not healthy
         self.may_be_full = any(upstream.max_sessions is not None for upstream in upstreams)
         self.rotation = interleave(tuple(u.weight for u in self.candidates))
 

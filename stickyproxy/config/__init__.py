@@ -16,6 +16,7 @@ from stickyproxy.config.listener import Listener
 from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.loaded import Loaded
 from stickyproxy.config.overrides import with_overrides
+from stickyproxy.config.run import MAX_PROCESSES, Command, PortRange, Processes, Ready, Run, Stop, read_pace
 from stickyproxy.config.schema import AccessLog, Admin, Config
 from stickyproxy.config.source import ConfigSource
 from stickyproxy.config.tls import Certificate, ListenerTls, UpstreamTls
@@ -25,12 +26,14 @@ from stickyproxy.config.upstream import Upstream
 from stickyproxy.config.websocket import Ping, WebSocket
 
 __all__ = [
+    "MAX_PROCESSES",
     "AccessLog",
     "Address",
     "Admin",
     "Affinity",
     "Certificate",
     "Change",
+    "Command",
     "Config",
     "ConfigError",
     "ConfigErrors",
@@ -44,8 +47,13 @@ __all__ = [
     "Loaded",
     "OnUnavailable",
     "Ping",
+    "PortRange",
     "Probe",
+    "Processes",
+    "Ready",
+    "Run",
     "StatusRange",
+    "Stop",
     "Timeouts",
     "TrustedProxies",
     "Unreloadable",
@@ -61,5 +69,6 @@ __all__ = [
     "parse_listener",
     "parse_size",
     "parse_upstream_url",
+    "read_pace",
     "with_overrides",
 ]

@@ -8,13 +8,14 @@ where they stand. A secret is never shown.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
 
 from stickyproxy.config.fields import Section
-from stickyproxy.config.written import describe_item, is_secret, items_of, name_item, write_value
+from stickyproxy.config.written import describe_item, is_secret, is_whole, items_of, name_item, write_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,7 +26,12 @@ Path = tuple[str, ...]
 
 _SOCKET_STAYS = "the socket is made once, at the start: restart the proxy"
 
-_UNRELOADABLE = {("control",): _SOCKET_STAYS, ("hand_over",): _SOCKET_STAYS}
+_UNRELOADABLE = {
+    ("run",): "whether the proxy runs the app itself is settled at the start: restart the proxy",
+    ("control",): _SOCKET_STAYS,
+    ("hand_over",): _SOCKET_STAYS,
+}
+"""Paths of whole keys: what changes within `run` can be reloaded, that it comes or goes cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +91,11 @@ def _compare_sections(path: Path, before: Section, after: Section) -> Iterator[C
         old_items, new_items = items_of(old), items_of(new)
         if old == new:
             continue
-        if is_secret(field):
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _compare_names(below, old, new)
+        elif is_secret(field):
             yield Change(below, "changed", "changed")
-        elif isinstance(old, Section) and isinstance(new, Section):
+        elif isinstance(old, Section) and isinstance(new, Section) and not (is_whole(old) or is_whole(new)):
             yield from _compare_sections(below, old, new)
         elif old_items is not None and new_items is not None:
             yield from _compare_items(below, old_items, new_items)
@@ -108,6 +116,13 @@ def _compare_items(path: Path, old: Iterable[object], new: Iterable[object]) -> 
             yield Change((*path, key[0]), "added", describe_item(item))
     if [key for key in before if key in after] != [key for key in after if key in before]:
         yield Change(path, "changed", "in another order")
+
+
+def _compare_names(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[Change]:
+    """Compare environment variables. Their values may be secrets and are not told."""
+    yield from (Change((*path, name), "removed") for name in old if name not in new)
+    yield from (Change((*path, name), "changed", "changed") for name in new if name in old and old[name] != new[name])
+    yield from (Change((*path, name), "added") for name in new if name not in old)
 
 
 def _number(items: Iterable[object]) -> dict[tuple[str, int], object]:

@@ -3,66 +3,114 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pydantic import ValidationError
+from typing_extensions import Unpack
 
 from stickyproxy.config.address import parse_listener
 from stickyproxy.config.errors import ConfigError, ConfigErrors, PathInFile, render_path
 from stickyproxy.config.explain import explain
 from stickyproxy.config.fields import read_socket
+from stickyproxy.config.run import Run
 from stickyproxy.config.schema import NEEDS_TOKEN, Admin, Config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+NO_COMMAND = "there is no command to run: give one after --, or as run.command in the file"
 
-def with_overrides(
-    config: Config,
-    *,
-    urls: Sequence[str] = (),
-    listen: str | None = None,
-    admin: str | None = None,
-    workers: int | str | None = None,
-    control: str | None = None,
-) -> Config:
-    """Return the configuration with what the command line gave in place of what it had.
+
+class Overrides(TypedDict, total=False):
+    """What a command line may say. What is None or empty changes nothing.
 
     `urls` replace all upstreams and `listen` all listeners. `admin` is an address, or `off`; the token of the file
-    stays. `control` is an absolute path, or `off`. What is None or empty changes nothing. Raises `ConfigErrors` whose
-    paths are `URL 2`, `--listen`, `--admin`, `--workers` and `--control`, or keys of the file that do not go with them.
+    stays. `control` is an absolute path, or `off`. `command` is the command of `run`, and `processes` how many of it;
+    what else the file says of `run` stays.
     """
-    given: dict[str, object] = {}
-    if urls:
-        given["upstreams"] = list(urls)
-    if listen is not None:
-        given["listeners"] = [listen]
-    if workers is not None:
-        given["workers"] = workers
+
+    urls: Sequence[str]
+    listen: str | None
+    admin: str | None
+    workers: int | str | None
+    control: str | None
+    command: Sequence[str] | None
+    processes: int | str | None
+
+
+def with_overrides(config: Config, **overrides: Unpack[Overrides]) -> Config:
+    """Return the configuration with what the command line gave in place of what it had.
+
+    Raises `ConfigErrors` whose paths are `URL 2`, `--listen`, `--admin`, `--workers`, `--control`, `COMMAND` and
+    `--processes`, or keys of the file that do not go with them.
+    """
     mistakes: list[ConfigError] = []
     changes: dict[str, object] = {}
-    try:
-        valid = Config.model_validate(given)
-        changes = {name: getattr(valid, name) for name in given}
-    except ValidationError as error:
-        mistakes.extend(ConfigError(_option(path), None, message) for path, message in explain(error, Config))
+    for key, raw in _as_in_file(config, overrides):
+        try:
+            changes[key] = getattr(Config.model_validate({key: raw}), key)
+        except ValidationError as error:
+            mistakes.extend(ConfigError(_option(path), None, message) for path, message in explain(error, Config))
     for name, text, read in (
-        ("admin", admin, partial(_override_admin, config.admin)),
-        ("control", control, _override_control),
+        ("admin", overrides.get("admin"), partial(_override_admin, config.admin)),
+        ("control", overrides.get("control"), _override_control),
     ):
         if text is not None:
             try:
                 changes[name] = read(text)
             except ValueError as error:
                 mistakes.append(ConfigError(f"--{name}", None, str(error)))
+    if overrides.get("processes") is not None and config.run is None and not overrides.get("command"):
+        mistakes.append(ConfigError("--processes", None, NO_COMMAND))
     if mistakes:
         raise ConfigErrors(mistakes)
+    if isinstance(run := changes.get("run"), Run):
+        changes["run"] = _override_run(config.run, run, overrides)
     changed = config.model_copy(update=changes)
-    if shared := list(changed.find_shared_sockets()):
-        keys = ((render_path(path), text) for path, text in shared)
-        raise ConfigErrors(ConfigError(f"--{key}" if key in changes else key, None, text) for key, text in keys)
+    if conflicts := list(changed.find_conflicts()):
+        raise ConfigErrors(ConfigError(_name_conflict(path, changes), None, text) for path, text in conflicts)
     return changed
+
+
+def _as_in_file(config: Config, overrides: Overrides) -> Iterator[tuple[str, object]]:
+    """Give each key that the schema reads, with the value that the file would have for it."""
+    if urls := overrides.get("urls"):
+        yield "upstreams", list(urls)
+    if (listen := overrides.get("listen")) is not None:
+        yield "listeners", [listen]
+    if (workers := overrides.get("workers")) is not None:
+        yield "workers", workers
+    command, processes = overrides.get("command"), overrides.get("processes")
+    if not command and processes is not None and config.run is not None:
+        command = config.run.command
+    if command:
+        yield "run", {"command": list(command), **({} if processes is None else {"processes": processes})}
+
+
+def _override_run(of_file: Run | None, given: Run, overrides: Overrides) -> Run:
+    """Return `run` of the file with the command and the number of processes that were given; without one, all."""
+    if of_file is None:
+        return given
+    changes: dict[str, object] = {}
+    if overrides.get("command"):
+        changes["command"] = given.command
+    if overrides.get("processes") is not None:
+        changes["processes"] = given.processes
+    return of_file.model_copy(update=changes)
+
+
+def _name_conflict(path: PathInFile, changes: Mapping[str, object]) -> str:
+    """Return the option that brought about a conflict, or the key of the file that it does not go with."""
+    match path:
+        case ("upstreams", *_):
+            return "URL" if "upstreams" in changes else "COMMAND"
+        case ("run", "command", *_):
+            return "COMMAND"
+        case (key, *_) if key in changes and key != "run":
+            return f"--{key}"
+        case _:
+            return render_path(path)
 
 
 def _override_admin(admin: Admin | None, text: str) -> Admin | None:
@@ -87,5 +135,9 @@ def _option(path: PathInFile) -> str:
             return "--listen"
         case ("workers", *_):
             return "--workers"
+        case ("run", "command", *_):
+            return "COMMAND"
+        case ("run", "processes", *_):
+            return "--processes"
         case _:
             return "URL"  # too many of them

@@ -1,6 +1,7 @@
 """The whole configuration as one frozen value, `Config`, and its smaller sections.
 
-The larger sections stand in files of their own: affinity, health, limits, listener, tls, trust, upstream, websocket.
+The larger sections stand in files of their own: affinity, health, limits, listener, run, tls, trust, upstream,
+websocket.
 An attribute has the name of its YAML key, with the unit of its value where it has one: `interval: 5s` is
 `interval_s = 5.0`.
 """
@@ -43,6 +44,7 @@ from stickyproxy.config.fields import (
 from stickyproxy.config.health import Health
 from stickyproxy.config.limits import Limits, Timeouts
 from stickyproxy.config.listener import Listener, read_listeners
+from stickyproxy.config.run import Run
 from stickyproxy.config.secret import Sources, read_token
 from stickyproxy.config.trust import Forwarded, TrustedProxies, read_trusted_proxies
 from stickyproxy.config.upstream import MAX_UPSTREAMS, Upstream, read_upstreams
@@ -52,6 +54,7 @@ DEFAULT_LISTENER = "127.0.0.1:8080"
 DEFAULT_ADMIN = "127.0.0.1:9090"
 
 
+RUN_OR_LISTED = "an app is either run here or listed: where there is run, there are no upstreams"
 NEEDS_TOKEN = "an admin address that is not loopback needs a token"  # noqa: S105 - no token, a message about it
 
 
@@ -125,6 +128,10 @@ class Config(Section):
     upstreams: Annotated[
         tuple[Annotated[Upstream, AlsoWritten({"type": "string"})], ...], BeforeValidator(read_upstreams)
     ] = Field(default=(), max_length=MAX_UPSTREAMS, description="The app processes, each by its URL or with more keys.")
+    run: Run | None = Field(
+        default=None,
+        description="The app as processes that the proxy itself starts, in place of upstreams; null: none.",
+    )
     affinity: Affinity = Field(default_factory=Affinity, description="Which client goes to which upstream.")
     health: Health = Field(default_factory=Health, description="Whether an upstream can serve.")
     admin: OrFalse[Admin] = Field(default_factory=Admin, description="The listener for operators; false: none.")
@@ -174,11 +181,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> Self:
-        if mistakes := [*self._find_untrusted(), *self.find_shared_sockets()]:
+        if mistakes := [*self._find_untrusted(), *self.find_conflicts()]:
             refuse(mistakes)
         return self
 
-    def find_shared_sockets(self) -> Iterator[Mistake]:
+    def find_conflicts(self) -> Iterator[Mistake]:
+        """Yield a mistake for each key that does not go with another, where the command line may have changed one."""
+        yield from self._find_shared_sockets()
+        if self.run is not None:
+            if self.upstreams:
+                yield ("upstreams",), RUN_OR_LISTED
+            yield from ((("run", *path), text) for path, text in self.run.find_second_place())
+
+    def _find_shared_sockets(self) -> Iterator[Mistake]:
         """Yield a mistake for `control` and `hand_over` where their path has another use too."""
         users = {Path(one.address.path): "a listener" for one in self.listeners if one.address.is_unix}
         if self.admin is not None and self.admin.address.is_unix:

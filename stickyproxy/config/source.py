@@ -35,8 +35,12 @@ class ConfigSource:
     admin: str | None = None
     workers: int | str | None = None
     control: str | None = None
+    command: tuple[str, ...] | None = None
+    processes: int | str | None = None
 
     def __post_init__(self) -> None:
+        if not self.command:
+            object.__setattr__(self, "command", None)  # no words are no command, as no URLs are no upstreams
         if self.path is not None:
             object.__setattr__(self, "path", _absolute(self.path, "--config"))
         if self.control is not None and self.control != "off":
@@ -61,7 +65,14 @@ class ConfigSource:
         """
         config = load_text(text, env, source="" if self.path is None else str(self.path), known=known)
         return with_overrides(
-            config, urls=self.urls, listen=self.listen, admin=self.admin, workers=self.workers, control=self.control
+            config,
+            urls=self.urls,
+            listen=self.listen,
+            admin=self.admin,
+            workers=self.workers,
+            control=self.control,
+            command=self.command,
+            processes=self.processes,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -69,7 +80,11 @@ class ConfigSource:
 
         So a version that does not know one of them can still read what was made without it.
         """
-        plain = {"path": None if self.path is None else str(self.path), "urls": list(self.urls)}
+        plain = {
+            "path": None if self.path is None else str(self.path),
+            "urls": list(self.urls),
+            "command": list(self.command or ()),
+        }
         given = {field.name: plain.get(field.name, getattr(self, field.name)) for field in fields(self)}
         return {name: value for name, value in given.items() if value not in (None, [])}
 
@@ -84,7 +99,7 @@ class ConfigSource:
         given = dict(raw)
         if "path" in given:
             given["path"] = Path(given["path"])
-        return cls(**{**given, "urls": tuple(given.get("urls", ()))})
+        return cls(**{**given, "urls": tuple(given.get("urls", ())), "command": tuple(given.get("command", ()))})
 
 
 def _absolute(path: Path, option: str) -> Path:
@@ -102,11 +117,11 @@ def _is_right(name: str, value: object) -> bool:
             return value.startswith("/")
         case "control", str():
             return value == "off" or value.startswith("/")
-        case (("listen" | "admin" | "workers"), str()):
+        case (("listen" | "admin" | "workers" | "processes"), str()):
             return True
-        case "workers", int():
+        case (("workers" | "processes"), int()):
             return not isinstance(value, bool)
-        case "urls", list():
-            return all(isinstance(url, str) for url in value)
+        case (("urls" | "command"), list()):
+            return all(isinstance(item, str) for item in value)
         case _:
             return False

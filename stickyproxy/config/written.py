@@ -17,6 +17,7 @@ from stickyproxy.config.affinity import OnUnavailable
 from stickyproxy.config.fields import Read, Section
 from stickyproxy.config.health import StatusRange
 from stickyproxy.config.listener import Listener
+from stickyproxy.config.run import Command, PortRange, Processes, write_pace
 from stickyproxy.config.tls import Certificate
 from stickyproxy.config.trust import TrustedProxies
 from stickyproxy.config.units import write_duration, write_size
@@ -47,12 +48,17 @@ def is_secret(field: FieldInfo) -> bool:
     return not field.repr
 
 
+def is_whole(value: object) -> bool:
+    """Say whether the file writes a section as one value, without keys: `4`."""
+    return isinstance(value, Processes) and value.is_fixed
+
+
 def items_of(value: object) -> tuple[object, ...] | None:
     """Return the items of a value that is a list in the file; None for any other value."""
     match value:
         case TrustedProxies():
             return (*value.networks, *(["unix"] if value.unix else []))
-        case StatusRange():
+        case StatusRange() | PortRange() | Command():
             return None
         case tuple():
             return value
@@ -98,6 +104,8 @@ def _write(name: str, field: FieldInfo, value: object, quote: Callable[[str], st
     match value:
         case None:
             return next((word for word, raw in _NONES if _reads(field, raw, None)), "null")
+        case Processes() if is_whole(value):
+            return str(value.min)
         case Section():
             written = write_section(value)
             return "true" if written == "{}" and _reads(field, True, {}) else written
@@ -120,6 +128,8 @@ def _write_items(items: Iterable[object]) -> Iterator[str]:
 
 
 def _write_number(name: str, number: float) -> str:
+    if name.endswith("_per_s"):
+        return write_pace(number)
     if name.endswith("_s"):
         return write_duration(number)
     return write_size(int(number)) if name.endswith("_bytes") else str(number)

@@ -23,6 +23,7 @@ _MAX_WORDS: Final = 500  # characters of an error that is no JSON
 _OK: Final = 200
 _REDIRECT: Final = 300
 _SERVER_ERROR: Final = 500
+_AWAY_S: Final = 30.0  # a proxy that re-executes itself is back in about a second; on a busy machine in a few
 
 
 class ControlError(StickyproxyError):
@@ -111,6 +112,19 @@ class ControlClient:
             await asyncio.sleep(max(0.0, min(pause_s, deadline - loop.time())))
             pause_s = min(pause_s * 1.5, _LAST_PAUSE_S)
         raise ControlError(f"waited for the proxy in vain: {reason or 'there was no time'}")
+
+    async def watch(self, path: str, is_enough: Callable[[Any], bool], every_s: float) -> Any:
+        """Get a path, and again `every_s` after each answer, until `is_enough(answer)` holds; return that answer.
+
+        Every answer is given to `is_enough` once. Goes on while the proxy is away, as `wait_for` does, for half a
+        minute; but not before the first answer.
+        """
+        loop = asyncio.get_running_loop()
+        answer = await self.get(path)
+        while not is_enough(answer):
+            await asyncio.sleep(every_s)
+            answer = await self.wait_for(path, lambda _: True, loop.time() + _AWAY_S)
+        return answer
 
     async def _call(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
         if self._session is None:

@@ -23,7 +23,7 @@ from stickyproxy.proxy.board import MAX_SLOTS, Board
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from stickyproxy.affinity.snapshot import Snapshot
     from stickyproxy.config import Address, Loaded
@@ -472,6 +472,31 @@ class Fleet:
             return_exceptions=True,
         )
         return list(zip(links, answers, strict=True))  # type: ignore[arg-type]  # gather swallows no other exceptions
+
+    async def shut_upstreams(self, digests: Collection[bytes], per_s: float, reason: str) -> int:
+        """Begin to close the tunnels of some upstreams with 1012, of `per_s` clients a second in all workers together.
+
+        Each has a part of the pace that is like its part of the tunnels, so that all take the same time. Returns how
+        many tunnels they are; those of a worker that does not answer are not among them. Called again, it goes on at
+        the new pace.
+        """
+        if self._publishing is not None:
+            self._publish_now()  # who comes back is not to meet an older state
+        links = [link for link in self if link.is_ready and not link.ended.done()]
+        readings = [link.table.read() for link in links]
+        shares = [1 + sum(one.upstream(digest).tunnels_open for digest in digests) for one in readings]
+        body = {"upstreams": [digest.hex() for digest in digests], "reason": reason}
+        answers = await asyncio.gather(
+            *(
+                link.channel.request("shut", {**body, "per_s": per_s * share / sum(shares)}, timeout_s=_ACKNOWLEDGED_S)
+                for link, share in zip(links, shares, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        for link, answer in zip(links, answers, strict=True):
+            if isinstance(answer, BaseException):
+                logger.warning("worker %d (pid %d) does not close tunnels: %s", link.index, link.process_id, answer)
+        return sum(int(one.body["count"]) for one in answers if not isinstance(one, BaseException))
 
     # The end
 

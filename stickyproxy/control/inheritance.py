@@ -79,7 +79,8 @@ class Inheritance:
 
     `private` are those for commands and for hand-over, `lent` the addresses whose files are somebody else's.
     `routing` is as `Routing.export` writes it, `totals` as `Totals.to_json`, `counts` are counters of the supervisor
-    itself. `serving` are the workers that take over, `leaving` those that have served until now.
+    itself. `serving` are the workers that take over, `leaving` those that have served until now; `runner` is as
+    `Runner.leave` returns it.
     """
 
     loaded: Loaded
@@ -94,6 +95,7 @@ class Inheritance:
     counts: dict[str, Any] = field(default_factory=dict)
     serving: tuple[WorkerState, ...] = ()
     leaving: tuple[WorkerState, ...] = ()
+    runner: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as JSON. It holds secrets."""
@@ -111,6 +113,7 @@ class Inheritance:
             "counts": self.counts,
             "serving": [worker.to_json() for worker in self.serving],
             "leaving": [worker.to_json() for worker in self.leaving],
+            "runner": self.runner,
         }
 
     @classmethod
@@ -134,6 +137,7 @@ class Inheritance:
                 counts=dict(raw.get("counts", {})),
                 serving=tuple(map(WorkerState.from_json, raw.get("serving", ()))),
                 leaving=tuple(map(WorkerState.from_json, raw.get("leaving", ()))),
+                runner=dict(raw.get("runner", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ChannelError) as error:
             raise UsageError(f"what the former version left is no state that can be read: {error!r}") from error

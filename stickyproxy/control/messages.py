@@ -74,6 +74,7 @@ def write_snapshot(snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> dic
                 "health": upstream.health,
                 "is_refused": upstream.is_refused,
                 "max_sessions": upstream.max_sessions,
+                "is_closing": upstream.is_closing,
                 **_write_endpoint(endpoints[upstream.id]),
             }
             for upstream in snapshot.upstreams
@@ -115,6 +116,7 @@ def _read_upstream(raw: Any) -> Upstream:
         Health(raw["health"]),
         _get(raw, "is_refused", bool),
         most,
+        is_closing="is_closing" in raw and _get(raw, "is_closing", bool),
     )
 
 

@@ -158,12 +158,18 @@ class _EndpointResolver(ThreadedResolver):
 
 
 class Watch:
-    """The probes of one upstream: counted, reported, and logged where the result is another than before."""
+    """The probes of one upstream at one address: counted, reported, and logged where the result is a new one.
+
+    `task` probes from time to time, once the prober has begun.
+    """
+
+    task: asyncio.Task[None]
 
     def __init__(
         self, upstream_id: str, way: Connecting | Asking, timeout_s: float, routing: Routing, counters: ProbeCounters
     ) -> None:
         self.upstream_id = upstream_id
+        self.address = routing.endpoints[upstream_id].address
         self.counters = counters
         self.is_due = asyncio.Event()
         self._way = way
@@ -202,42 +208,73 @@ class Watch:
             return "failed", "the probe crashed", True
         return "passed", "", False
 
-    async def close(self) -> None:
-        """Close the connections of the probe."""
+    async def end(self) -> None:
+        """Probe no more, and close the connections of the probe."""
+        self.task.cancel()
+        await asyncio.wait((self.task,))
         await self._way.close()
 
 
 class Prober:
     """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
-    Each probe goes to the endpoint that the upstream has at that moment; one that is removed is probed no more.
-    `counters` may be those of a prober whose place this one takes.
+    Each probe goes to the endpoint that the upstream has at that moment. Upstreams that come are probed from then on,
+    those that go are forgotten. `counters` may be those of a prober whose place this one takes.
     """
 
     def __init__(self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None) -> None:
         self._settings = health.probe
         self._routing = routing
-        self._watches: list[Watch] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watches: dict[str, Watch] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._awaited: set[str] = set()  # those there at the start whose first probe has not ended
         self._first: dict[str, Outcome] = {}
         self._uniform: Callable[[float, float], float] = SystemRandom().uniform
         self.counters = dict(counters or {})
 
     def start(self) -> None:
-        """Begin to probe, all upstreams at once."""
-        for upstream_id in self._routing.endpoints:
-            self.counters.setdefault(upstream_id, ProbeCounters())
-            self._watches.append(watch := self._make_watch(upstream_id))
-            self._tasks.append(spawn(self._keep(watch), f"probe {upstream_id}"))
-        self._tasks.append(spawn(self._look(), "look for refused upstreams"))
+        """Begin to probe, all upstreams at once, and follow the routing state."""
+        self._looking = spawn(self._look(), "look for refused upstreams")
+        self._awaited = set(self._routing.endpoints)
+        self._routing.on_change = self.follow
+        self.follow()
 
     async def stop(self) -> None:
         """Probe no more; connections of probes under way are closed."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for watch in self._watches:
-            await watch.close()
+        if self._routing.on_change == self.follow:  # else another prober has taken the place
+            self._routing.on_change = None
+        self._awaited.clear()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._ending.add(self._looking)
+            self._looking = None
+        for upstream_id in tuple(self._watches):
+            self._end(upstream_id)
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def follow(self) -> None:
+        """Probe the upstreams that there are now: new ones at once, those at another address there."""
+        if self._looking is None:
+            return
+        endpoints = self._routing.endpoints
+        for upstream_id, watch in tuple(self._watches.items()):
+            if upstream_id not in endpoints or endpoints[upstream_id].address != watch.address:
+                self._end(upstream_id)
+        for upstream_id in self.counters.keys() - endpoints.keys():
+            del self.counters[upstream_id]
+        for upstream_id in [one for one in endpoints if one not in self._watches]:
+            self.counters.setdefault(upstream_id, ProbeCounters())
+            self._watches[upstream_id] = watch = self._make_watch(upstream_id)
+            watch.task = spawn(self._keep(watch), f"probe {upstream_id}")
+
+    def _end(self, upstream_id: str) -> None:
+        """Probe an upstream no more: a probe that is under way reports nothing."""
+        watch = self._watches.pop(upstream_id)
+        watch.task.cancel()
+        self._ending.add(ending := spawn(watch.end(), f"probe {upstream_id} no more"))
+        ending.add_done_callback(self._ending.discard)
+        self._note_first(upstream_id, None)
 
     def _endpoint_of(self, upstream_id: str) -> Endpoint:
         return self._routing.endpoints[upstream_id]
@@ -253,15 +290,13 @@ class Prober:
     async def _keep(self, watch: Watch) -> None:
         """Probe one upstream again and again: regularly if the file says so, and whenever it is due."""
         if self._settings is not None:
-            self._note_first(watch, await watch.probe())
+            self._note_first(watch.upstream_id, await watch.probe())
         while True:
             try:
                 async with asyncio.timeout(self._pause_s()):
                     await watch.is_due.wait()
             except TimeoutError:
                 pass
-            if watch.upstream_id not in self._routing.endpoints:
-                return
             await watch.probe()
             watch.is_due.clear()
 
@@ -276,15 +311,19 @@ class Prober:
         """Let upstreams that refuse connections be probed each second, also where the data plane saw it first."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            for watch in self._watches:
-                observed = self._routing.observed.get(watch.upstream_id)
+            for upstream_id, watch in self._watches.items():
+                observed = self._routing.observed.get(upstream_id)
                 if observed is not None and observed.is_refused:
                     watch.is_due.set()
 
-    def _note_first(self, watch: Watch, outcome: Outcome) -> None:
-        """Say which upstreams are not there yet, once the first probe of each has ended."""
-        self._first[watch.upstream_id] = outcome
-        if len(self._first) < len(self._watches):
+    def _note_first(self, upstream_id: str, outcome: Outcome | None) -> None:
+        """Say which upstreams are not there yet, once the first probe of each has ended; None: there will be none."""
+        if upstream_id not in self._awaited:
+            return
+        self._awaited.discard(upstream_id)
+        if outcome is not None:
+            self._first[upstream_id] = outcome
+        if self._awaited:
             return
         missing = [f"{upstream_id} ({first})" for upstream_id, first in self._first.items() if first != "passed"]
         if missing:

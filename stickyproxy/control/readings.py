@@ -108,7 +108,12 @@ class Readings:
                     "upstreams": [self._describe(upstream, reading) for upstream in snapshot.upstreams],
                 }
             ],
+            "run": self._describe_run(),
         }
+
+    def _describe_run(self) -> dict[str, object] | None:
+        runner = self._supervisor.runner
+        return None if runner is None else runner.describe()
 
     def describe_upstream(self, upstream: Upstream) -> dict[str, object]:
         """Return the state of one upstream of the snapshot as it goes into JSON."""
@@ -130,7 +135,19 @@ class Readings:
             "sessions": self._supervisor.fleet.registry.count(upstream.digest),
             "tunnels": counters.tunnels_open,
             "in_flight": counters.in_flight,
+            **self._describe_process(upstream.id),
         }
+
+    def _describe_process(self, upstream_id: str) -> dict[str, object]:
+        """Return what is known of an upstream that is an app process."""
+        runner = self._supervisor.runner
+        seat = None if runner is None else runner.seats.get(upstream_id)
+        return {} if runner is None or seat is None else {"process": runner.describe_seat(seat)}
+
+    def is_idle(self, upstream_id: str) -> bool:
+        """Say whether no tunnel and no exchange is at an upstream; its clients may still have sessions."""
+        counters = self._read_live().upstream(upstream_digest(upstream_id))
+        return not (counters.tunnels_open or counters.in_flight)
 
     def is_empty(self, upstream_id: str) -> bool:
         """Say whether nothing of an upstream is in use, or its process is gone, and with it all that it held."""

@@ -20,7 +20,7 @@ from stickyproxy.proxy.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from stickyproxy import config as config_values
     from stickyproxy.config import Address, Config
@@ -35,7 +35,8 @@ class Routing:
     """Admin state and health of each upstream of the cluster; `publish` is called with each new snapshot.
 
     `contexts` are those of the upstreams that TLS is spoken to, by id. An upstream that a reload takes out of the
-    configuration is `leaving`: in drain, until nothing of it is in use or its process is gone.
+    configuration is `leaving`: in drain, until nothing of it is in use or its process is gone. Upstreams that the proxy
+    itself started are `processes`: they stand beside those of the configuration, and a reload leaves them alone.
     """
 
     def __init__(self, config: Config, publish: Publish, contexts: Mapping[str, ssl.SSLContext] | None = None) -> None:
@@ -43,6 +44,11 @@ class Routing:
         self._upstreams: tuple[config_values.Upstream, ...] = ()
         self.leaving: dict[str, config_values.Upstream] = {}
         """Upstreams that are no longer in the configuration, but still in use, by id."""
+        self.processes: dict[str, config_values.Upstream] = {}
+        """Upstreams that the proxy itself started, by id."""
+        self._closing: set[str] = set()  # of them
+        self.on_change: Callable[[], None] | None = None
+        """Called when an upstream has come, moved or gone, but for a reload, after which everybody looks anew."""
         self.endpoints: dict[str, Endpoint] = {}
         self._admin: dict[str, AdminState] = {}
         self.observed: dict[str, Observed] = {}
@@ -55,8 +61,8 @@ class Routing:
     def _take(self, config: Config, contexts: Mapping[str, ssl.SSLContext]) -> None:
         """Take in a configuration; what is known of the upstreams that stay is kept."""
         gone = {one.id: one for one in self._upstreams}
-        self._upstreams = config.upstreams
-        for one in config.upstreams:
+        self._upstreams = tuple(one for one in config.upstreams if not self._is_taken(one.id))
+        for one in self._upstreams:
             gone.pop(one.id, None)
             if self.leaving.pop(one.id, None) is not None:
                 self._admin[one.id] = AdminState.READY
@@ -82,6 +88,11 @@ class Routing:
             is_shared=count_workers(config) > 1,
         )
 
+    def _is_taken(self, upstream_id: str) -> bool:
+        if upstream_id in self.processes:
+            logger.error("upstream %s of the configuration is left out: an app process has that id", upstream_id)
+        return upstream_id in self.processes
+
     def export(self) -> dict[str, Any]:
         """Return what is known of the upstreams, as JSON, for another process that goes on from it."""
         return {
@@ -92,18 +103,20 @@ class Routing:
             },
             "ips": {upstream_id: endpoint.ip for upstream_id, endpoint in self.endpoints.items()},
             "leaving": [write_section(one) for one in self.leaving.values()],
+            "processes": [write_section(one) for one in self.processes.values()],
+            "closing": sorted(self._closing),
         }
 
     def restore(self, exported: Mapping[str, Any]) -> None:
         """Go on from what another process knew of the upstreams; what cannot be read is left out."""
-        for written in exported.get("leaving", ()):
-            with suppress(ConfigErrors):
-                for one in load_text(f"upstreams: [{written}]", {}).upstreams:
-                    if one.id not in self.endpoints:
-                        self.leaving[one.id] = one
-                        self._admin[one.id] = AdminState.DRAIN
-                        self.observed[one.id] = Observed()
-                        self.endpoints[one.id] = make_endpoint(one, make_upstream_contexts([one]))
+        for name, ours, state in (
+            ("leaving", self.leaving, AdminState.DRAIN),
+            ("processes", self.processes, AdminState.READY),
+        ):
+            for one in _read_upstreams(exported.get(name, ()), self.endpoints):
+                ours[one.id] = one
+                self._begin(one, state)
+        self._closing.update(self.processes.keys() & exported.get("closing", ()))
         for upstream_id, state in exported.get("admin", {}).items():
             is_back = upstream_id in self.leaving and state == AdminState.READY
             if upstream_id in self._admin and state in tuple(AdminState) and not is_back:
@@ -115,6 +128,20 @@ class Routing:
             if upstream_id in self.endpoints:
                 self.endpoints[upstream_id] = replace(self.endpoints[upstream_id], ip=ip)
         self._renew()
+        self._tell_change()
+
+    def _begin(self, upstream: config_values.Upstream, state: AdminState) -> None:
+        """Know an upstream that is not of the configuration; nothing was observed of it yet."""
+        self._admin[upstream.id] = state
+        self.observed[upstream.id] = Observed()
+        self.endpoints[upstream.id] = make_endpoint(upstream, make_upstream_contexts([upstream]))
+
+    def _forget(self, upstream_id: str) -> None:
+        del self.endpoints[upstream_id], self._admin[upstream_id], self.observed[upstream_id]
+
+    def _tell_change(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def reload(self, config: Config, contexts: Mapping[str, ssl.SSLContext]) -> None:
         """Work by another configuration; upstreams that it keeps keep their admin state and health."""
@@ -124,11 +151,49 @@ class Routing:
     def drop(self, upstream_ids: Collection[str]) -> None:
         """Forget upstreams that were leaving."""
         for upstream_id in upstream_ids:
-            del self.leaving[upstream_id], self.endpoints[upstream_id], self._admin[upstream_id]
-            del self.observed[upstream_id]
+            del self.leaving[upstream_id]
+            self._forget(upstream_id)
             logger.info("upstream %s, which is no longer in the configuration, is empty: removed", upstream_id)
         if upstream_ids:
             self._renew()
+            self._tell_change()
+
+    # App processes
+
+    def add_process(self, upstream: config_values.Upstream) -> None:
+        """Take in an upstream that the proxy itself started, and that is ready for clients.
+
+        One that is there already was started anew, at the same address or another: what was observed of it says nothing
+        any more, what the operator wants of it holds. Raises ValueError where the id is one of the configuration.
+        """
+        if upstream.id in self.endpoints and upstream.id not in self.processes:
+            raise ValueError(f"the upstream {upstream.id!r} is in the configuration; no app process can have its id")
+        self.processes[upstream.id] = upstream
+        self._begin(upstream, self._admin.get(upstream.id, AdminState.READY))
+        self._renew()
+        self._tell_change()
+
+    def remove_process(self, upstream_id: str) -> None:
+        """Forget an upstream that the proxy itself started, with its pins; one that is not there is ignored."""
+        if self.processes.pop(upstream_id, None) is not None:
+            self._closing.discard(upstream_id)
+            self._forget(upstream_id)
+            self._renew()
+            self._tell_change()
+
+    def set_closing(self, upstream_ids: Iterable[str]) -> None:
+        """Let pins to these app processes hold only while something of their session is open, from now to their end.
+
+        Those that are not there are ignored. Tunnels are not closed by it.
+        """
+        closing = self.processes.keys() & set(upstream_ids)
+        if not closing <= self._closing:
+            self._closing |= closing
+            self._renew()
+
+    def report_gone(self, upstream_id: str) -> None:
+        """Take in that the process of an upstream has ended: its pins end at once."""
+        self.report(upstream_id, HealthEvent.REFUSED)
 
     @property
     def admin_states(self) -> dict[str, AdminState]:
@@ -144,8 +209,9 @@ class Routing:
                 self.observed[one.id].health,
                 self.observed[one.id].is_refused,
                 one.max_sessions,
+                one.id in self._closing,
             )
-            for one in (*self._upstreams, *self.leaving.values())
+            for one in (*self._upstreams, *self.leaving.values(), *self.processes.values())
         )
         return Snapshot(CLUSTER, upstreams, self._rules)
 
@@ -184,14 +250,23 @@ class Routing:
     def set_admin_state(self, upstream_id: str, state: AdminState) -> None:
         """Take in what the operator wants of an upstream; raise KeyError where there is none of that id.
 
-        One that is leaving takes no new client whatever is wanted: ValueError.
+        One that is leaving, or closing, takes no new client whatever is wanted: ValueError.
         """
+        if upstream_id in self._closing and state is AdminState.READY:
+            raise ValueError(f"the upstream {upstream_id!r} is about to be stopped; it takes no new client")
         if upstream_id in self.leaving and state is AdminState.READY:
             raise ValueError(f"the upstream {upstream_id!r} is no longer in the configuration; it can only drain")
         if self._admin[upstream_id] is not state:
             self._admin[upstream_id] = state
             logger.info("upstream %s is set to %s", upstream_id, state)
             self._renew()
+
+
+def _read_upstreams(written: Iterable[str], known: Collection[str]) -> Iterator[config_values.Upstream]:
+    """Yield the upstreams that `write_section` wrote, but for those that are known or cannot be read."""
+    for text in written:
+        with suppress(ConfigErrors):
+            yield from (one for one in load_text(f"upstreams: [{text}]", {}).upstreams if one.id not in known)
 
 
 def make_endpoint(upstream: config_values.Upstream, contexts: Mapping[str, ssl.SSLContext], ip: str = "") -> Endpoint:

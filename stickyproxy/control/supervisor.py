@@ -25,7 +25,8 @@ from stickyproxy.control.readings import Readings
 from stickyproxy.control.reload import Reloader, watch_file
 from stickyproxy.control.resolver import Resolver
 from stickyproxy.control.routing import Routing
-from stickyproxy.control.runtime import bind_private, control_path, hand_over_path
+from stickyproxy.control.runner.runner import Runner
+from stickyproxy.control.runtime import bind_private, control_path, hand_over_path, runtime_directory
 from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.control.sockets import Sockets
 from stickyproxy.control.systemd import Notifier, Watchdog, match, take_listeners
@@ -59,8 +60,8 @@ class Supervisor:
     def __init__(
         self, loaded: Loaded, inherited: Inheritance | None = None, predecessor: Predecessor | None = None
     ) -> None:
-        if not loaded.config.upstreams:
-            raise UsageError("no upstreams: name them in the file or as URLs on the command line")
+        if not loaded.config.upstreams and loaded.config.run is None:
+            raise UsageError("no upstreams: name them in the file or as URLs, or the command of an app to run")
         self.loaded = loaded
         self._inherited = inherited
         self._predecessor = predecessor
@@ -82,6 +83,8 @@ class Supervisor:
         self.prober: Prober
         self.admin: AdminListener | None = None
         self.control: AdminListener | None = None
+        self.runner: Runner | None = None
+        """The app processes, where the proxy starts them itself."""
         self.readings: Readings
         self.reloader: Reloader
         self.upgrader = Upgrader(self, inherited)
@@ -151,12 +154,13 @@ class Supervisor:
             await self._start(stack)
             self.readings.is_ready = True
             listening = ", ".join(str(one) for one in self.addresses)
-            logger.info("serving %d upstreams on %s", len(self.config.upstreams), listening)
+            count = len(self.routing.snapshot.upstreams)
+            logger.info("serving %d upstreams on %s", count, listening)
             if on_ready is not None:
                 on_ready(self.addresses)
             tune_collector()
             self.on_free()
-            self.notifier.ready(f"serving {len(self.config.upstreams)} upstreams")
+            self.notifier.ready(f"serving {count} upstreams")
             await self._stop.wait()
             self.readings.is_ready = False
             self.notifier.stopping("finishing what is open", within_s=self.config.grace_s)
@@ -196,6 +200,7 @@ class Supervisor:
         self.prober.start()
         stack.push_async_callback(self._stop_admin)
         await self._start_admin()
+        await self._start_runner(stack)
         if inherited is None:
             await self.fleet.accept()
         if self._predecessor is not None:
@@ -204,6 +209,25 @@ class Supervisor:
         if inherited is not None:
             await self.upgrader.take_over()
         self._start_looking(stack)
+
+    async def _start_runner(self, stack: AsyncExitStack) -> None:
+        """Start the app processes, where the configuration asks for them, and wait for the first to be ready."""
+        run = self.config.run
+        if run is None:
+            return
+        self.runner = Runner(self, run, runtime_directory())
+        stack.push_async_callback(self._stop_runner, self.runner)
+        if self._inherited is None:
+            await self.runner.start(self._stop)
+        else:
+            await self.runner.adopt(self._inherited.runner)
+
+    async def _stop_runner(self, runner: Runner) -> None:
+        """End the app processes; at once after a second signal."""
+        at_once = spawn(self._stop_now.wait(), "second signal")
+        at_once.add_done_callback(lambda task: None if task.cancelled() else runner.kill())
+        await runner.stop()
+        at_once.cancel()
 
     def _start_looking(self, stack: AsyncExitStack) -> None:
         """Start what looks at something from time to time."""
@@ -250,6 +274,8 @@ class Supervisor:
         self.loaded, self.signing = loaded, orders.secrets
         set_log_level(config.log_level)
         self.routing.reload(config, contexts)
+        if self.runner is not None and config.run is not None:
+            self.runner.apply(config.run)
         await self._replace_certificates(certificates)
         await self._replace_resolver()
         if config.health != before.health or config.upstreams != before.upstreams:
@@ -436,7 +462,10 @@ class Supervisor:
         if self._hand_over is not None:
             self._hand_over.close()
         serving, leaving = await self.fleet.leave(successors)
-        return self.export(serving=serving, leaving=leaving)
+        inheritance = self.export(serving=serving, leaving=leaving)
+        if self.runner is not None:
+            inheritance.runner = self.runner.leave()
+        return inheritance
 
     def _on_report(self, upstream_id: str, event: str) -> None:
         self.routing.report(upstream_id, HealthEvent(event))

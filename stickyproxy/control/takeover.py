@@ -125,6 +125,8 @@ class HandOverListener:
         supervisor = self._supervisor
         if supervisor.upgrader.is_running:
             raise ChannelError("an upgrade is under way")
+        if supervisor.runner is not None:
+            raise ChannelError("it runs its app processes itself, and they would end with it: use stickyproxy upgrade")
         if self._restoring is not None:
             await self._restoring
         self._has_state = True

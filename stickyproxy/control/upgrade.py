@@ -82,6 +82,8 @@ class Upgrader:
         supervisor = self._supervisor
         if supervisor.is_handing_over:
             raise UsageError("another proxy is taking over")
+        if supervisor.runner is not None and supervisor.runner.is_turning:
+            raise UsageError("a deploy is under way: upgrade once it is decided")
         number = self.status.get("number", 0) + 1
         self.status = {"number": number, "state": "running", "from": __version__}
         try:
@@ -179,7 +181,8 @@ def program_command() -> list[str]:
 
 def check(inheritance: Inheritance) -> dict[str, Any]:
     """Return what the old version must know of this one, which has been able to read its state."""
-    if not inheritance.loaded.config.upstreams:
+    config = inheritance.loaded.config
+    if not config.upstreams and config.run is None:
         raise UsageError("no upstreams in the configuration as this version reads it")
     program = Program.own()
     return {

@@ -19,6 +19,7 @@ import stickyproxy
 from stickyproxy.control.channel import Channel
 from stickyproxy.control.inheritance import WorkerState
 from stickyproxy.control.messages import PROTOCOL
+from stickyproxy.control.pidfd import Watch, describe
 from stickyproxy.errors import ChannelError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 30.0
-_LOOK_S: Final = 0.1
 _KILL_S: Final = 3.0  # for a worker to end by itself, once its channel is closed
 _CHANNEL_DESCRIPTOR: Final = 3
 _PROGRAM: Final = "stickyproxy.control.worker_process"
@@ -123,16 +123,7 @@ class WorkerLink:
         self.ended: asyncio.Future[str] = loop.create_future()
         """How the process ended, in words, once it has."""
         self.channel = Channel(link, self._take, self._on_lost, received)
-        self._descriptor = _open_process(process_id)
-        if self._descriptor is not None:
-            loop.add_reader(self._descriptor, self.reap)
-        else:
-            self._look_for_end()
-
-    def _look_for_end(self) -> None:
-        """Look again and again whether the process has ended, where the system does not tell."""
-        if not self.reap():
-            asyncio.get_running_loop().call_later(_LOOK_S, self._look_for_end)
+        self._watch = Watch(process_id, self._end)
 
     def _take(self, message: Message) -> None:
         if message.kind == "hello":
@@ -178,32 +169,21 @@ class WorkerLink:
         if link.fileno() < 0:  # it is about to end: let the other image see that too
             link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             other.close()
-        if self._descriptor is not None:
-            asyncio.get_running_loop().remove_reader(self._descriptor)
+        self._watch.close()
         return WorkerState(
             self.index, self.process_id, link.detach(), self.table.descriptor, self.version, received, self.is_leaving
         )
 
     def reap(self) -> bool:
         """Take note of the end of the process, if it has ended; say whether it has."""
-        if self.ended.done():
-            return True
-        try:
-            process_id, status = os.waitpid(self.process_id, os.WNOHANG)
-        except ChildProcessError:  # it was somebody else's child, or was waited for already
-            process_id, status = 0 if _is_alive(self.process_id) else self.process_id, None
-        if not process_id:
-            return False
-        if self._descriptor is not None:
-            asyncio.get_running_loop().remove_reader(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = None
-        self.ended.set_result(_describe(status))
+        return self._watch.look()
+
+    def _end(self, status: int | None) -> None:
+        self.ended.set_result(describe(status))
         self.channel.read_rest()  # its last words: the end may be seen before them
         self._miss_hello()
         self.channel.close()
         self._on_end(self)
-        return True
 
     def kill(self) -> None:
         """End the process at once."""
@@ -214,36 +194,3 @@ class WorkerLink:
     @override
     def __repr__(self) -> str:
         return f"<WorkerLink {self.index} pid={self.process_id} {'ended' if self.ended.done() else 'alive'}>"
-
-
-def _open_process(process_id: int) -> int | None:
-    """Return a descriptor that can be read once the process has ended; None where there is no such thing.
-
-    The loop has SIGCHLD for itself.
-    """
-    try:
-        return os.pidfd_open(process_id)
-    except (AttributeError, OSError):  # no Linux, or one before 5.3
-        return None
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _describe(status: int | None) -> str:
-    if status is None:
-        return "unknown how: somebody else has waited for it"
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exit status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

@@ -70,6 +70,7 @@ class WorkerProcess:
             "arrive": self._on_arrive,
             "share": self._on_share,
             "depart": self._on_depart,
+            "shut": self._on_shut,
             "drain": self._on_drain,
             "ping": self._on_ping,
             "stop": self._on_stop,
@@ -285,6 +286,12 @@ class WorkerProcess:
         await worker.drain(2 * _RETIRE_S)
         await worker.close()
         self._is_over.set()
+
+    async def _on_shut(self, message: Message) -> dict[str, Any]:
+        """Begin to close the tunnels of some upstreams; the answer says how many they are."""
+        worker, body = self._running, message.body
+        digests = {bytes.fromhex(one) for one in body["upstreams"]}
+        return {"count": worker.shut_upstreams(digests, float(body["per_s"]), str(body["reason"]))}
 
     async def _on_drain(self, message: Message) -> None:
         await self._running.drain(float(message.body["grace_s"]))

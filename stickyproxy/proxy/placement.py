@@ -89,8 +89,9 @@ class Placement:
         if choice.upstream is None:
             raise UpstreamUnavailable("no upstream can take the request")
         pool = plane.pools[choice.upstream.digest]
-        if choice.outcome is Outcome.HIT:  # another request of the same client has moved the session meanwhile
-            self._sets_cookie = True
+        if choice.outcome is Outcome.HIT:
+            # Another request of the same client has moved the session meanwhile; one that is closing keeps what it has.
+            self._sets_cookie |= not choice.upstream.is_closing
             return self._enter(pool)
         if choice.broken is not None and self.session is not None:
             plane.counters.cells[BREAKS[choice.broken]] += 1
@@ -112,11 +113,14 @@ class Placement:
         return client_address(self._forwarded.origin, self._head, self._plane.settings.trusted).encode()
 
     def is_back(self) -> bool:
-        """Say whether the upstream that the exchange waits for can be used again."""
-        return self.session is not None and self.session.digest in self._plane.snapshot.pinnable
+        """Say whether the upstream that the exchange waits for can be used again, or never will be."""
+        if self.session is None:
+            return False
+        upstream = self._plane.snapshot.by_digest.get(self.session.digest)
+        return upstream is None or upstream.is_closing or upstream.accepts_pinned
 
     def start_over(self) -> None:
-        """Forget what was tried in vain: the upstream that the exchange waited for is back."""
+        """Forget what was tried in vain: the upstream that the exchange waited for is back, or gone for good."""
         self._tried = frozenset()
 
     def give_up(self, pool: Pool) -> None:

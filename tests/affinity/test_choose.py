@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -91,6 +92,79 @@ def test_a_pin_that_holds_and_one_that_breaks(
         assert choice == Choice(THIRD, Outcome.REDISPATCHED, broken)
     else:
         assert choice == Choice(None, outcome)
+
+
+# An upstream that is closing
+
+
+def session_with(count: int) -> Session:
+    """Return a session at the pinned upstream of which so much is open."""
+    session = Session(b"0123456789", PINNED.digest, 0)
+    session.open = count
+    return session
+
+
+CLOSING = Upstream("pinned", admin=AdminState.DRAIN, is_closing=True)
+DEAD = {
+    BreakReason.MAINT: Pin(replace(CLOSING, admin=AdminState.MAINT), NOT_TRIED, BreakReason.MAINT),
+    BreakReason.REFUSED: Pin(replace(CLOSING, is_refused=True), NOT_TRIED, BreakReason.REFUSED),
+    BreakReason.UNREACHABLE: Pin(CLOSING, frozenset({CLOSING.digest}), BreakReason.UNREACHABLE),
+}
+
+
+@pytest.mark.parametrize(("on_unavailable", "has_waited"), MODES)
+@pytest.mark.parametrize("admin", [AdminState.READY, AdminState.DRAIN])
+@pytest.mark.parametrize("health", Health)
+def test_a_pin_to_one_that_is_closing_holds_while_something_is_open_and_then_moves(
+    on_unavailable: OnUnavailable,
+    has_waited: bool,  # noqa: FBT001
+    admin: AdminState,
+    health: Health,
+) -> None:
+    """It is a planned end: nobody waits for it to be back, and nobody is refused."""
+    closing = replace(CLOSING, admin=admin, health=health)
+    for count, choice in (
+        (1, Choice(closing, Outcome.HIT)),
+        (0, Choice(THIRD, Outcome.REDISPATCHED, BreakReason.CLOSED)),
+    ):
+        question = Question(session_with(count), has_waited=has_waited)
+        assert ask(question, closing, THIRD, on_unavailable=on_unavailable) == choice
+
+
+@pytest.mark.parametrize(("on_unavailable", "has_waited"), MODES)
+@pytest.mark.parametrize("reason", DEAD)
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_that_is_closing_and_dead_holds_nobody(
+    on_unavailable: OnUnavailable,
+    has_waited: bool,  # noqa: FBT001
+    reason: BreakReason,
+    count: int,
+) -> None:
+    upstream, tried, _ = DEAD[reason]
+    assert upstream is not None
+    question = Question(session_with(count), tried=tried, has_waited=has_waited)
+    choice = ask(question, upstream, THIRD, on_unavailable=on_unavailable)
+    assert choice == Choice(THIRD, Outcome.REDISPATCHED, reason)
+
+
+def test_nobody_is_placed_at_one_that_is_closing() -> None:
+    closing = replace(CLOSING, admin=AdminState.READY)
+    assert ask(Question(None), closing, OTHER).upstream is OTHER
+    assert ask(Question(None, address_key=b"x"), closing, OTHER).upstream is OTHER
+    assert ask(Question(None), closing) == NO_CHOICE
+    assert ask(Question(session_with(0)), closing) == NO_CHOICE
+    assert ask(Question(session_with(1)), closing) == Choice(closing, Outcome.HIT)
+    tried = frozenset({OTHER.digest})
+    assert ask(Question(None, tried=tried), closing, OTHER) == NO_CHOICE, "nor once all others were tried"
+    assert ask(Question(None, tried=tried), PINNED, OTHER).upstream is PINNED
+
+
+def test_all_processes_move_the_client_of_one_that_is_closing_to_the_same_upstream() -> None:
+    snapshot = Snapshot("default", (CLOSING, OTHER, THIRD), Rules(is_shared=True))
+    for number in range(50):
+        session = Session(b"%010d" % number, CLOSING.digest, 0)
+        chosen = {choose(snapshot, Question(session), Chance(first), lambda _: 0).upstream for _ in range(4)}
+        assert chosen == {choose_rendezvous((OTHER, THIRD), session.client_id)}
 
 
 @pytest.mark.parametrize("pin", [name for name, pin in PINS.items() if pin.broken is not None])
@@ -266,11 +340,11 @@ def test_new_clients_are_placed_by_the_policy_in_each_process() -> None:
 def test_nothing_selects_what_the_operator_took_out() -> None:
     """No token and no address leads to an upstream in maintenance, and a drained one gets only its own clients."""
     sessions = [None, SESSION, Session(b"0123456789", b"nowhere!", 0)]
-    states = list(product(AdminState, Health, (False, True)))
+    states = list(product(AdminState, Health, (False, True), (False, True)))
     for mine, other in product(states, states):
         upstreams = [
-            Upstream(name, admin=admin, health=health, is_refused=is_refused)
-            for name, (admin, health, is_refused) in (("pinned", mine), ("other", other))
+            Upstream(name, admin=admin, health=health, is_refused=is_refused, is_closing=is_closing)
+            for name, (admin, health, is_refused, is_closing) in (("pinned", mine), ("other", other))
         ]
         for session, key, tried in product(sessions, (None, b"k"), (NOT_TRIED, frozenset({PINNED.digest}))):
             chosen = ask(Question(session, address_key=key, tried=tried), *upstreams).upstream
@@ -280,6 +354,7 @@ def test_nothing_selects_what_the_operator_took_out() -> None:
             assert chosen.digest not in tried
             is_own = session is not None and session.digest == chosen.digest
             assert chosen.admin is AdminState.READY or is_own
+            assert not chosen.is_closing  # nothing of the sessions is open
 
 
 def test_choosing_changes_nothing_but_the_turn() -> None:

@@ -67,6 +67,21 @@ def test_the_two_questions(
     assert snapshot.by_digest[upstream.digest] is upstream
 
 
+@pytest.mark.parametrize(("admin", "health", "is_refused"), list(product(AdminState, Health, (False, True))))
+def test_one_that_is_closing_takes_nobody_and_holds_nobody_by_its_pin_alone(
+    admin: AdminState,
+    health: Health,
+    is_refused: bool,  # noqa: FBT001
+) -> None:
+    closing = Upstream("a", admin=admin, health=health, is_refused=is_refused, is_closing=True)
+    assert (closing.is_wanted, closing.accepts_new, closing.accepts_pinned) == (False, False, False)
+    alone = snapshot_of(closing)
+    assert (alone.candidates, alone.pinnable, alone.is_guarded) == ((), {}, False)
+    assert alone.by_digest == {closing.digest: closing}
+    doubtful = Upstream("b", health=UNHEALTHY)
+    assert snapshot_of(closing, doubtful).candidates == (doubtful,), "the guard takes none that is closing"
+
+
 @pytest.mark.parametrize(
     ("upstreams", "candidates", "is_guarded"),
     [

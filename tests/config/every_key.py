@@ -1,7 +1,7 @@
-"""A configuration that has every key, and for each key another value with the line that tells of the change.
+"""Configurations that have every key, and for each key another value with the line that tells of the change.
 
-Any of the changes can be made together; the keys that name the items of lists, such as the id of an upstream, are
-not among them.
+Any of the changes to one of them can be made together; the keys that name the items of lists, such as the id of an
+upstream, are not among them. `run` does not go with `upstreams`, so it has a configuration of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ admin: {token: first-token-0123456789}
 trusted_proxies: [10.0.0.0/8, unix]
 websocket: {origins: [same-host, "https://*.example.org"], ping: {}}
 access_log: {format: json}
+"""
+
+RUN_TEXT = """
+run:
+  command: [prog, --port, "{port}"]
+  processes: {min: 2, max: 8, sessions_each: 50}
+  env: {A: a-secret-0123456789, B: b-secret-0123456789}
+  ready: {path: /healthz}
 """
 
 
@@ -130,15 +138,41 @@ _ROWS: list[tuple[str, object, str]] = [
     ("reload_on_change", True, "reload_on_change: false -> true"),
 ]  # fmt: skip
 
-ROWS = [
-    Row(tuple(int(key) if key.isdigit() else key for key in path.split(".")), value, line)
-    for path, value, line in _ROWS
-]
+_RUN_ROWS: list[tuple[str, object, str]] = [
+    ("run.command", "prog 'a b' {socket}", "run.command: prog --port {port} -> prog 'a b' {socket}"),
+    ("run.processes.min", 1, "run.processes.min: 2 -> 1"),
+    ("run.processes.max", 256, "run.processes.max: 8 -> 256"),
+    ("run.processes.sessions_each", 100, "run.processes.sessions_each: 50 -> 100"),
+    ("run.env", {"A": "a-secret-0123456789", "B": "c-secret-0123456789"}, "run.env.B: changed"),
+    ("run.cwd", "/srv/{id}", "run.cwd: null -> /srv/{id}"),
+    ("run.ports", "1024-65535", "run.ports: 20000-29999 -> 1024-65535"),
+    ("run.ready.path", "/ready", "run.ready.path: /healthz -> /ready"),
+    ("run.ready.timeout", "2m", "run.ready.timeout: 1m -> 2m"),
+    ("run.ready.expect", ["200-399", 404], "run.ready.expect: 404 added"),
+    ("run.restart", "never", "run.restart: always -> never"),
+    ("run.stop.signal", "INT", "run.stop.signal: TERM -> INT"),
+    ("run.stop.timeout", 0, "run.stop.timeout: 10s -> 0s"),
+    ("run.max_memory", "512MiB", "run.max_memory: off -> 512MiB"),
+    ("run.max_age", "7d", "run.max_age: off -> 7d"),
+    ("run.drain_timeout", "off", "run.drain_timeout: 30m -> off"),
+    ("run.pace", 0.5, "run.pace: 20/s -> 0.5/s"),
+]  # fmt: skip
 
 
-def config_with(rows: Iterable[Row]) -> Config:
-    """Return the configuration with these values in place of its own."""
-    raw: Any = read_document(TEXT).value
+def _rows(table: Iterable[tuple[str, object, str]]) -> list[Row]:
+    return [
+        Row(tuple(int(key) if key.isdigit() else key for key in path.split(".")), value, line)
+        for path, value, line in table
+    ]
+
+
+ROWS = _rows(_ROWS)
+RUN_ROWS = _rows(_RUN_ROWS)
+
+
+def config_with(rows: Iterable[Row], text: str = TEXT) -> Config:
+    """Return the configuration of a text with these values in place of its own."""
+    raw: Any = read_document(text).value
     for path, value, _ in rows:
         place = raw
         for key in path[:-1]:

@@ -12,13 +12,14 @@ from stickyproxy.config.difference import Change, find_changes, find_unreloadabl
 from stickyproxy.config.fields import Section
 from stickyproxy.config.load import load_text
 from stickyproxy.config.schema import Config
-from tests.config.every_key import ROWS, TEXT, Row, config_with
+from tests.config.every_key import ROWS, RUN_ROWS, RUN_TEXT, TEXT, Row, config_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 BASE = load_text(TEXT, {})
+RUN_BASE = load_text(RUN_TEXT, {})
 NAMES = {"listeners.address", "listeners.tls.certificates.certificate", "upstreams.id"}
 
 
@@ -41,13 +42,29 @@ def leaves(section: type[Section], path: tuple[str, ...] = ()) -> Iterable[str]:
 
 def test_every_key_of_the_schema_has_a_row() -> None:
     """A new key is told of when it changes, and in the right words, or this fails."""
-    rows = [".".join(key for key in row.path if isinstance(key, str)) for row in ROWS]
-    assert [leaf for leaf in leaves(Config) if leaf not in NAMES] == rows
+    rows, run_rows = (
+        [".".join(key for key in row.path if isinstance(key, str)) for row in table] for table in (ROWS, RUN_ROWS)
+    )
+    found = [leaf for leaf in leaves(Config) if leaf not in NAMES]
+    assert [leaf for leaf in found if not leaf.startswith("run.")] == rows
+    assert [leaf for leaf in found if leaf.startswith("run.")] == run_rows
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.line)
 def test_a_changed_key_is_found_once(row: Row) -> None:
     assert lines(BASE, config_with([row])) == [row.line]
+
+
+@pytest.mark.parametrize("row", RUN_ROWS, ids=lambda row: row.line)
+def test_a_changed_key_of_run_is_found_once(row: Row) -> None:
+    assert lines(RUN_BASE, config_with([row], RUN_TEXT)) == [row.line]
+
+
+def test_all_keys_of_run_can_change_in_one_reload() -> None:
+    changed = config_with(RUN_ROWS, RUN_TEXT)
+    assert lines(RUN_BASE, changed) == [row.line for row in RUN_ROWS]
+    assert find_unreloadable(RUN_BASE, changed) == ()
+    assert find_changes(changed, config_with(RUN_ROWS, RUN_TEXT)) == ()
 
 
 SOME_ROWS = st.sets(st.sampled_from(range(len(ROWS)))).map(lambda found: [ROWS[number] for number in sorted(found)])
@@ -85,6 +102,45 @@ def test_a_secret_within_a_section_that_is_switched_on_is_not_shown() -> None:
     assert lines("{admin: false}", token) == ["admin: false -> {token: (not shown)}"]
     assert lines(token, "{admin: false}") == ["admin: {token: (not shown)} -> false"]
     assert lines("", token) == ["admin.token: changed"]
+
+
+ENV = "{A: hunter2, B: hunter2, C: hunter2}"
+
+
+def test_environment_variables_are_told_by_name_and_their_values_never() -> None:
+    before, after = f"run: {{command: a, env: {ENV}}}", "run: {command: a, env: {D: hunter3, B: hunter3, C: hunter2}}"
+    assert lines(before, after) == ["run.env: A removed", "run.env.B: changed", "run.env: D added"]
+    assert lines(before, "run: {command: a, env: {C: hunter2, B: hunter2, A: hunter2}}") == []
+    assert lines(before, "") == ["run: {command: a, env: (not shown)} -> null"]
+    assert "hunter" not in repr(find_changes(load_text(before, {}), load_text(after, {})))
+    assert "hunter" not in repr(load_text(before, {}))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("4", "6", ["run.processes: 4 -> 6"]),
+        ("4", "{min: 4, max: 4}", []),
+        ("4", "{min: 2, max: 8}", ["run.processes: 4 -> {min: 2, max: 8}"]),
+        (
+            "{min: 2, max: 2, sessions_each: 5}",
+            "{min: 2, max: 4, sessions_each: 6}",
+            ["run.processes.max: 2 -> 4", "run.processes.sessions_each: 5 -> 6"],
+        ),
+        ("{min: 2, max: 8}", "1", ["run.processes: {min: 2, max: 8} -> 1"]),
+    ],
+)
+def test_processes_are_told_as_the_file_has_them(before: str, after: str, expected: list[str]) -> None:
+    form = "run: {{command: a, processes: {}}}"
+    assert lines(form.format(before), form.format(after)) == expected
+
+
+def test_a_command_is_told_as_one_text() -> None:
+    before = "run: {command: [a, b, --x]}"
+    assert lines(before, "run: {command: 'a  b'}") == ["run.command: a b --x -> a b"]
+    assert lines(before, "run: {command: [b, a, --x]}") == ["run.command: a b --x -> b a --x"]
+    assert lines(before, 'run: {command: [a, "{id}", "b c"]}') == ["run.command: a b --x -> a {id} 'b c'"]
+    assert lines(before, "run: {command: 'a b --x'}") == []
 
 
 def test_upstreams_are_matched_by_id() -> None:
@@ -222,6 +278,18 @@ def test_what_a_reload_cannot_change_says_what_can() -> None:
         "control: /a -> false; the socket is made once, at the start: restart the proxy",
         "hand_over: null -> /b; the socket is made once, at the start: restart the proxy",
     ]
+
+
+RUN_STAYS = "whether the proxy runs the app itself is settled at the start: restart the proxy"
+
+
+def test_a_reload_neither_begins_nor_ends_to_run_the_app() -> None:
+    run = load_text("run: {command: 'a {port}', processes: 4}", {})
+    listed = load_text("upstreams: ['http://a']", {})
+    begins, ends = find_unreloadable(listed, run), find_unreloadable(run, listed)
+    assert [str(one) for one in begins] == [f"run: null -> {{command: 'a {{port}}', processes: 4}}; {RUN_STAYS}"]
+    assert [str(one) for one in ends] == [f"run: {{command: 'a {{port}}', processes: 4}} -> null; {RUN_STAYS}"]
+    assert [one.change.path for one in (*begins, *ends)] == [("run",), ("run",)]
 
 
 def test_everything_else_can_be_reloaded() -> None:

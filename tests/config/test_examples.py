@@ -10,19 +10,22 @@ import pytest
 
 from stickyproxy.config.document import read_document
 from stickyproxy.config.load import json_schema, load_file, load_text
+from stickyproxy.config.run import Run, read_command
 from stickyproxy.config.schema import Config
 from stickyproxy.config.tls import ListenerTls, UpstreamTls
 from stickyproxy.config.websocket import Ping
 
 EXAMPLES = Path(__file__).parents[2] / "config"
 COMMENTED = EXAMPLES / "stickyproxy.yaml"
+RUN = EXAMPLES / "run.yaml"  # the one section that does not go with upstreams
 
 ENV = {"STICKYPROXY_SECRET": "s" * 32, "STICKYPROXY_ADMIN_TOKEN": "t" * 16}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_loads_with_an_empty_environment(path: Path) -> None:
-    assert load_file(path, {}).upstreams
+    config = load_file(path, {})
+    assert config.upstreams or config.run
 
 
 def test_the_minimal_example_is_minimal() -> None:
@@ -34,6 +37,12 @@ def test_the_values_of_the_commented_example_are_the_defaults() -> None:
     config = load_file(COMMENTED, {})
     assert config.model_copy(update={"upstreams": ()}) == Config()
     assert {upstream.weight for upstream in config.upstreams} == {1}
+
+
+def test_the_values_of_the_example_of_run_are_the_defaults() -> None:
+    config = load_file(RUN, {})
+    assert config.run == Run(command=read_command("uvicorn main:app --port {port}"))
+    assert config.model_copy(update={"run": None}) == Config()
 
 
 def known_paths(schema: dict[str, Any], model: dict[str, Any], path: str = "") -> list[str]:
@@ -51,9 +60,9 @@ def mentioned_paths(text: str) -> set[str]:
     return {".".join(part for part in path if isinstance(part, str)) for path in paths}
 
 
-def uncommented_examples() -> list[str]:
-    """Return the commented example, once for each line such as `#domain: example.org` with that line in force."""
-    lines = COMMENTED.read_text(encoding="utf-8").splitlines()
+def uncommented_examples(path: Path = COMMENTED) -> list[str]:
+    """Return a commented example, once for each line such as `#domain: example.org` with that line in force."""
+    lines = path.read_text(encoding="utf-8").splitlines()
     texts = []
     for number, line in enumerate(lines):
         if match := re.match(r"(\s*)#([a-z_]+:|-) ", line):
@@ -78,8 +87,19 @@ def test_every_line_to_uncomment_loads() -> None:
     assert len(expect) == 1
 
 
+def test_every_line_to_uncomment_in_the_example_of_run_loads() -> None:
+    default = load_file(RUN, {}).run
+    texts = uncommented_examples(RUN)
+    for text in texts:
+        needs_path = re.search(r"^    expect:", text, re.MULTILINE)
+        run = load_text(text.replace("path: null", "path: /") if needs_path else text, {}).run
+        assert run is not None
+        assert run != default
+    assert len(texts) == 9
+
+
 def test_every_key_is_mentioned() -> None:
-    mentioned = set().union(*map(mentioned_paths, uncommented_examples()))
+    mentioned = set().union(*map(mentioned_paths, [*uncommented_examples(), *uncommented_examples(RUN)]))
     schema = json_schema()
     assert [path for path in known_paths(schema, schema) if path not in mentioned] == []
 

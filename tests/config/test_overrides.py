@@ -10,6 +10,7 @@ from stickyproxy.config.address import Address
 from stickyproxy.config.errors import ConfigErrors
 from stickyproxy.config.load import load_text
 from stickyproxy.config.overrides import with_overrides
+from stickyproxy.config.run import Processes, Run, read_command
 from stickyproxy.config.schema import Config
 
 FROM_FILE = load_text(
@@ -87,3 +88,90 @@ def test_an_admin_address_that_is_none() -> None:
 def test_too_many_urls() -> None:
     with pytest.raises(ConfigErrors, match=r"^URL: expected at most 1000 upstreams, got 1001$"):
         with_overrides(Config(), urls=[f"http://a:{port}" for port in range(1, 1002)])
+
+
+RUN = load_text("run: {command: 'from-file {port}', processes: {min: 2, max: 8}, env: {A: '1'}, ready: /healthz}", {})
+
+
+def test_a_command_alone_is_run_once_with_the_defaults() -> None:
+    run = with_overrides(Config(), command=["app", "--port", "{port}"]).run
+    assert run == Run(command=read_command("app --port {port}"))
+    assert with_overrides(Config()).run is None
+
+
+def test_a_command_and_a_number_replace_no_more_than_those() -> None:
+    both = with_overrides(RUN, command=("app", "a b", "{port}"), processes=4).run
+    assert both is not None
+    assert (both.command, both.processes) == (("app", "a b", "{port}"), Processes(min=4, max=4))
+    assert (both.env, both.ready.path) == ({"A": "1"}, "/healthz")
+    command = with_overrides(RUN, command=("app",)).run
+    assert command is not None
+    assert (command.command, command.processes) == (("app",), Processes(min=2, max=8))
+    number = with_overrides(RUN, processes=1).run
+    assert number is not None
+    assert (number.command, number.processes) == (("from-file", "{port}"), Processes(min=1, max=1))
+
+
+def test_a_word_of_the_command_line_need_not_be_utf_8() -> None:
+    run = with_overrides(Config(), command=["app", "caf\udce9"]).run
+    assert run is not None
+    assert run.command == ("app", "caf\udce9")
+
+
+NUMBER = "expected a whole number from 1 to 256"
+UNKNOWN = (
+    "unknown placeholder '{prot}': there are {port}, {socket}, {id} and {generation}; write \"{{\" for a literal brace"
+)
+NO_COMMAND = "--processes: there is no command to run: give one after --, or as run.command in the file"
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "expected"),
+    [
+        (["a"], 0, [f"--processes: {NUMBER}, got 0"]),
+        (["a"], 10_000, [f"--processes: {NUMBER}, got 10000"]),
+        (["a"], "many", [f"--processes: {NUMBER}, got 'many'"]),
+        ([""], None, ["COMMAND: expected a program as the first word, got an empty one"]),
+        (
+            ["a", "{prot}"],
+            257,
+            [
+                f"--processes: {NUMBER}, got 257",
+                f"COMMAND: {UNKNOWN}",
+            ],
+        ),
+        (
+            ["a", "{port}", "{socket}"],
+            None,
+            ["COMMAND: {port} and {socket} together: an app process listens at one of them"],
+        ),
+        (None, 4, [NO_COMMAND]),
+        ((), 4, [NO_COMMAND]),
+    ],
+)
+def test_mistakes_of_what_is_run_name_their_option(
+    command: list[str] | None, processes: int | str | None, expected: list[str]
+) -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        with_overrides(Config(), command=command, processes=processes)
+    assert sorted(str(error) for error in raised.value.errors) == expected
+
+
+def test_a_number_without_a_command_is_refused_where_the_file_lists_upstreams() -> None:
+    with pytest.raises(ConfigErrors, match=f"^{NO_COMMAND}$"):
+        with_overrides(FROM_FILE, processes=4)
+
+
+def test_an_app_is_either_run_or_listed() -> None:
+    message = "an app is either run here or listed: where there is run, there are no upstreams"
+    with pytest.raises(ConfigErrors, match=f"^COMMAND: {message}$"):
+        with_overrides(FROM_FILE, command=["a"])
+    for config, command in ((RUN, None), (Config(), ["a"])):
+        with pytest.raises(ConfigErrors, match=f"^URL: {message}$"):
+            with_overrides(config, urls=["http://a"], command=command)
+
+
+def test_a_key_of_the_file_that_does_not_go_with_the_command_is_named() -> None:
+    from_file = load_text("run: {command: 'a {socket}', env: {A: '{socket}'}}", {})
+    with pytest.raises(ConfigErrors, match=r"^run\.env\.A: \{port\} and \{socket\} together: "):
+        with_overrides(from_file, command=["a", "{port}"])

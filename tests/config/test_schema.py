@@ -206,3 +206,21 @@ def test_the_proxy_protocol_needs_somebody_who_is_trusted(trusted: list[str], re
         assert mistakes(raw) == expected
     else:
         assert [one.proxy_protocol for one in Config.model_validate(raw).listeners] == [True, False, True]
+
+
+def test_an_app_is_either_run_or_listed() -> None:
+    text = "an app is either run here or listed: where there is run, there are no upstreams"
+    assert Config().run is None
+    assert Config.model_validate({"run": {"command": "a"}, "upstreams": []}).run is not None
+    assert mistakes({"run": {"command": "a"}, "upstreams": ["http://a"]}) == [(("upstreams",), text)]
+
+
+def test_conflicts_are_looked_for_again_after_a_change() -> None:
+    config = Config.model_validate({"run": {"command": "a {port}", "env": {"A": "{port}"}}})
+    other = Config.model_validate({"run": {"command": "a {socket}"}, "control": "/c"})
+    assert config.run is not None
+    assert other.run is not None
+    assert list(config.find_conflicts()) == []
+    run = config.run.model_copy(update={"command": other.run.command})
+    changed = config.model_copy(update={"run": run, "control": Path("/c"), "hand_over": Path("/c")})
+    assert [path for path, _ in changed.find_conflicts()] == [("hand_over",), ("run", "env", "A")]

@@ -44,6 +44,19 @@ def test_the_command_line_goes_over_each_text(tmp_path: Path) -> None:
         assert (config.admin, config.workers, config.control) == (None, 2, Path("/run/c.sock"))
 
 
+def test_a_command_goes_over_each_text() -> None:
+    source = ConfigSource(command=("app", "{port}"), processes=4)
+    for text in ("", "run: {command: other, processes: 2}"):
+        run = source.load_text(text, {}).run
+        assert run is not None
+        assert (run.command, run.processes.min, run.processes.max) == (("app", "{port}"), 4, 4)
+
+
+def test_no_words_are_no_command() -> None:
+    assert ConfigSource(command=()) == ConfigSource()
+    assert ConfigSource(command=()).load({}).run is None
+
+
 def test_env_is_where_secrets_come_from() -> None:
     config = ConfigSource().load_text("affinity: {secrets: ['env:NAME']}", {"NAME": "s" * 32})
     assert config.affinity.secrets == (b"s" * 32,)
@@ -70,6 +83,8 @@ def test_the_mistakes_of_a_file_name_it(tmp_path: Path) -> None:
 def test_the_mistakes_of_the_command_line_name_its_options() -> None:
     with pytest.raises(ConfigErrors, match=r"^--workers: expected auto or "):
         ConfigSource(workers="many").load({})
+    with pytest.raises(ConfigErrors, match=r"^--processes: expected a whole number from 1 to 256, got 10000$"):
+        ConfigSource(command=("a",), processes=10_000).load({})
 
 
 def test_paths_stay_what_they_were_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +138,8 @@ SOURCES = st.builds(
     admin=st.none() | TEXTS,
     workers=st.none() | st.integers() | TEXTS,
     control=st.none() | st.just("off") | TEXTS.map(lambda text: f"/{text}"),
+    command=st.none() | st.lists(TEXTS | st.just("no UTF-8: \udcff")).map(tuple),
+    processes=st.none() | st.integers() | TEXTS,
 )
 
 
@@ -137,6 +154,7 @@ def test_what_was_not_given_is_not_written() -> None:
     assert ConfigSource().to_json() == {}
     source = ConfigSource(path=Path("/x"), urls=("http://a",), workers=2)
     assert source.to_json() == {"path": "/x", "urls": ["http://a"], "workers": 2}
+    assert ConfigSource(command=("a", "b"), processes=4).to_json() == {"command": ["a", "b"], "processes": 4}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +171,10 @@ def test_what_was_not_given_is_not_written() -> None:
         ({"workers": True}, "does not hold 'workers', or not so"),
         ({"workers": 1.5}, "does not hold 'workers', or not so"),
         ({"admin": False}, "does not hold 'admin', or not so"),
+        ({"command": "a b"}, "does not hold 'command', or not so"),
+        ({"command": ["a", 7]}, "does not hold 'command', or not so"),
+        ({"processes": True}, "does not hold 'processes', or not so"),
+        ({"processes": [4]}, "does not hold 'processes', or not so"),
         ({7: "x"}, "does not hold 7, or not so"),
     ],
 )

@@ -16,13 +16,22 @@ from stickyproxy.config.fields import OrFalse, Section
 from stickyproxy.config.health import StatusRange
 from stickyproxy.config.listener import Listener
 from stickyproxy.config.load import load_text
+from stickyproxy.config.run import Command, PortRange, Processes, Run
 from stickyproxy.config.schema import Admin, Config
 from stickyproxy.config.tls import Certificate
 from stickyproxy.config.trust import TrustedProxies, read_trusted_proxies
 from stickyproxy.config.units import MAX_DURATION_S
 from stickyproxy.config.upstream import Upstream
-from stickyproxy.config.written import describe_item, is_secret, items_of, name_item, write_section, write_value
-from tests.config.every_key import ROWS, Row, config_with
+from stickyproxy.config.written import (
+    describe_item,
+    is_secret,
+    is_whole,
+    items_of,
+    name_item,
+    write_section,
+    write_value,
+)
+from tests.config.every_key import ROWS, RUN_ROWS, RUN_TEXT, Row, config_with
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -109,10 +118,11 @@ def test_a_secret_is_not_shown() -> None:
     assert "first-secret" not in write_section(config)
 
 
-def test_the_secrets_are_the_token_and_the_keys_that_sign() -> None:
+def test_the_secrets_are_the_token_the_keys_that_sign_and_the_environment() -> None:
     assert secrets_of(Config) == []
     assert secrets_of(Admin) == ["token"]
     assert secrets_of(type(Config().affinity)) == ["secrets"]
+    assert secrets_of(Run) == ["env"]
 
 
 def secrets_of(section: type[Section]) -> list[str]:
@@ -131,6 +141,33 @@ SOME_ROWS = st.sets(st.sampled_from(range(len(PUBLIC_ROWS)))).map(
 def test_a_configuration_that_was_written_is_read_as_the_same(rows: list[Row]) -> None:
     config = without_secrets(config_with(rows))
     assert load_text(write_section(config), {}) == config
+
+
+RUN_TEXT_WITHOUT_ENV = "\n".join(line for line in RUN_TEXT.splitlines() if "env:" not in line)
+PUBLIC_RUN_ROWS = [row for row in RUN_ROWS if row.path != ("run", "env")]
+
+
+@UNHURRIED
+@given(st.sets(st.sampled_from(range(len(PUBLIC_RUN_ROWS)))))
+def test_what_was_written_of_run_is_read_as_the_same(numbers: set[int]) -> None:
+    config = config_with([PUBLIC_RUN_ROWS[number] for number in sorted(numbers)], RUN_TEXT_WITHOUT_ENV)
+    assert load_text(write_section(config), {}) == config
+
+
+WORDS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0{}"), min_size=1), min_size=1)
+
+
+@UNHURRIED
+@given(WORDS, st.floats(0.01, 10_000), st.integers(1, 256))
+def test_values_of_run_are_read_as_the_same(words: list[str], pace: float, processes: int) -> None:
+    config = Config.model_validate({"run": {"command": words, "pace": pace, "processes": processes}})
+    assert load_text(write_section(config), {}) == config
+
+
+def test_which_section_is_one_value_in_the_file() -> None:
+    assert is_whole(Processes(min=4, max=4))
+    for other in (Processes(min=4, max=5), Processes(min=4, max=4, sessions_each=1), Config(), 4, None):
+        assert not is_whole(other)
 
 
 def without_secrets(config: Config) -> Config:
@@ -168,6 +205,8 @@ def test_values_of_many_kinds_are_read_as_the_same(wait_s: float, origins: list[
         (read_trusted_proxies(["unix"]), ("unix",)),
         (TrustedProxies(), ()),
         (StatusRange(200, 399), None),
+        (PortRange(20000, 29999), None),
+        (Command(["a", "b"]), None),
         ("text", None),
         (None, None),
     ],

@@ -13,6 +13,7 @@ import pytest
 import uvloop
 from aiohttp import web
 
+from stickyproxy.control import client
 from stickyproxy.control.client import ControlClient, ControlError, ControlLost, ControlUnreachable
 from stickyproxy.control.runtime import bind_private
 from stickyproxy.errors import UsageError
@@ -303,3 +304,61 @@ async def test_an_answer_that_the_deadline_cuts_short_does_not_hide_the_reason(
         with pytest.raises(ControlError, match="in vain: it starts"):
             await control.wait_for("/", bool, in_s(9))
     assert answered == 2
+
+
+# Watching
+
+
+async def test_each_answer_is_seen_once(path: Path) -> None:
+    """Also that of a proxy which was away for a while."""
+    numbers = iter(range(1, 6))
+    seen: list[int] = []
+
+    def is_enough(answer: int) -> bool:
+        seen.append(answer)
+        return answer == 5
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        number = next(numbers)
+        away = {2: b"", 3: json_answer("503 Soon", {"error": "starts"})}
+        writer.write(away.get(number, json_answer("200 OK", number)))
+
+    async with talking(path, talk), ControlClient(path) as control:
+        assert await control.watch("/", is_enough, 0) == 5
+    assert seen == [1, 4, 5]
+
+
+async def test_a_first_look_at_nobody_is_the_last_one(path: Path) -> None:
+    async with ControlClient(path) as control:
+        with pytest.raises(ControlUnreachable, match=f"no proxy listens at {path}"):
+            await control.watch("/", bool, 0)
+
+
+async def test_a_proxy_that_stays_away_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_AWAY_S", 0.1)
+    async with ControlClient(path) as control:
+        async with serving(path, answer_echo):
+            looking = asyncio.Event()
+
+            def is_enough(_: object) -> bool:
+                looking.set()
+                return False
+
+            watching = asyncio.gather(control.watch("/", is_enough, 0), return_exceptions=True)
+            await looking.wait()
+        [error] = await watching
+    assert isinstance(error, ControlError)
+    assert str(error) == f"waited for the proxy in vain: no proxy listens at {path}"
+
+
+async def test_what_is_no_more_ends_a_watch_at_once(path: Path) -> None:
+    answers = [web.json_response(1), web.json_response({"error": "g1-1 has ended"}, status=404)]
+
+    async def answer(_: web.Request) -> web.Response:
+        return answers.pop(0)
+
+    async with serving(path, answer), ControlClient(path) as control:
+        with pytest.raises(ControlError, match="g1-1 has ended") as caught:
+            await control.watch("/", lambda _: False, 0)
+    assert caught.value.status == 404

@@ -4,14 +4,17 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stickyproxy.affinity.snapshot import AdminState
-from stickyproxy.config import Address
+from stickyproxy.affinity.snapshot import AdminState, upstream_digest
+from stickyproxy.config import Address, Upstream
 from stickyproxy.control import fleet as fleet_module
+from stickyproxy.control.channel import Channel, Message
 from stickyproxy.control.fleet import Fleet, Orders
 from stickyproxy.control.worker_link import Program, WorkerLink, start_process
 from stickyproxy.errors import UsageError
@@ -21,6 +24,7 @@ from tests.helpers.supervised import (
     DEADLINE_S,
     SECRET,
     App,
+    Tunnel,
     is_running,
     kill,
     load,
@@ -147,6 +151,113 @@ async def test_ask_all_gives_what_each_has_answered(apps: Apps) -> None:
         assert [getattr(one, "kind", one) for one in answers] == ["answer"] * 2
         answers = await running_.fleet.ask_all("sing")
         assert [str(one) for one in answers] == ["this version knows no 'sing'"] * 2
+
+
+# App processes that are closed
+
+
+@pytest.fixture
+async def process() -> AsyncIterator[App]:
+    app = await App("process").start()
+    yield app
+    app.stop()
+
+
+@dataclass
+class Client:
+    cookie: str
+    tunnel: Tunnel
+
+
+async def come(port: int) -> Client:
+    cookie = str((await ask(port, "/")).cookie)
+    return Client(cookie, await open_tunnel(port, cookie))
+
+
+@asynccontextmanager
+async def with_process(apps: Apps, process: App) -> AsyncIterator[tuple[Running, list[Client]]]:
+    """Run two workers, each of them with tunnels to an app process that drains."""
+    async with started(apps) as running_:
+        routing, clients = running_.routing, list[Client]()
+        for name in ("a", "b"):
+            routing.set_admin_state(name, AdminState.DRAIN)
+        routing.add_process(Upstream.model_validate({"id": "g1-1", "url": process.url}))
+        await running_.fleet.published()
+        async with asyncio.timeout(DEADLINE_S):
+            while not all(tunnels_of(link) for link in running_.fleet.links):  # who accepts is as it happens
+                clients += await asyncio.gather(*(come(running_.port) for _ in range(8)))
+                count = len(clients)
+                await until(lambda count=count: running_.fleet.count_open()[1] == count, "all are counted")  # type: ignore[misc]
+        for name in ("a", "b"):
+            routing.set_admin_state(name, AdminState.READY)
+        routing.set_admin_state("g1-1", AdminState.DRAIN)
+        await running_.fleet.published()
+        yield running_, clients
+        for one in clients:
+            async with one.tunnel.client:
+                pass
+
+
+def tunnels_of(link: WorkerLink) -> int:
+    return link.table.read().upstream(upstream_digest("g1-1")).tunnels_open
+
+
+def note_requests(monkeypatch: pytest.MonkeyPatch, *, fails: Channel | None = None) -> list[tuple[Channel, Any]]:
+    """Note what workers are asked for; one of them does not know what is meant."""
+    request, noted = Channel.request, list[tuple[Channel, Any]]()
+
+    async def note(channel: Channel, kind: str, body: Any = None, *given: Any, **more: Any) -> Message:
+        if kind == "shut":
+            noted.append((channel, body))
+        return await request(channel, "sing" if channel is fails else kind, body, *given, **more)
+
+    monkeypatch.setattr(Channel, "request", note)
+    return noted
+
+
+async def test_all_workers_close_the_tunnels_of_an_app_process_and_its_clients_go_elsewhere(
+    apps: Apps, process: App
+) -> None:
+    async with with_process(apps, process) as (running_, clients):
+        fleet = running_.fleet
+        fleet.leaving.append(fleet.links.pop())  # as one that finishes what could not move
+        for one in clients:
+            assert (await ask(running_.port, "/", fields={"Cookie": one.cookie})).body == b"process"
+        running_.routing.set_closing(["g1-1"])
+        assert await fleet.shut_upstreams([upstream_digest("g1-1")], 10_000.0, "another version") == len(clients)
+        for one in clients:
+            assert await one.tunnel.receive_close() == 1012
+            again = await ask(running_.port, "/", fields={"Cookie": one.cookie})
+            assert again.body in {b"a", b"b"}
+            assert again.cookie is not None
+        fleet.links.append(fleet.leaving.pop())
+
+
+async def test_the_pace_is_that_of_all_workers_together(
+    apps: Apps, process: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with with_process(apps, process) as (running_, clients):
+        noted = note_requests(monkeypatch)
+        counts = {link.channel: tunnels_of(link) for link in running_.fleet.links}
+        assert await running_.fleet.shut_upstreams([upstream_digest("g1-1")], 1e-6, "slowly") == len(clients)
+        assert sum(body["per_s"] for _, body in noted) == pytest.approx(1e-6)
+        parts = {channel: body["per_s"] / (1 + counts[channel]) for channel, body in noted}
+        assert list(parts) == [link.channel for link in running_.fleet.links]
+        assert len({round(part * 1e12, 3) for part in parts.values()}) == 1, "all take the same time"
+        assert await running_.fleet.shut_upstreams([upstream_digest("unknown")], 20.0, "nobody") == 0
+
+
+async def test_a_worker_that_cannot_close_tunnels_does_not_keep_the_others(
+    apps: Apps, process: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with with_process(apps, process) as (running_, _):
+        first, second = running_.fleet.links
+        note_requests(monkeypatch, fails=first.channel)
+        theirs = tunnels_of(second)
+        assert await running_.fleet.shut_upstreams([upstream_digest("g1-1")], 10_000.0, "over") == theirs
+        assert f"worker 0 (pid {first.process_id}) does not close tunnels: this version knows no 'sing'" in caplog.text
+        await until(lambda: not tunnels_of(second), "those of the other have ended")
+        assert tunnels_of(first)
 
 
 # When one dies

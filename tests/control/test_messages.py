@@ -30,6 +30,7 @@ UPSTREAMS = st.builds(
     st.sampled_from(Health),
     st.booleans(),
     st.none() | st.integers(1, 1000),
+    st.booleans(),
 )
 RULES = st.builds(
     Rules,
@@ -41,7 +42,7 @@ RULES = st.builds(
     is_shared=st.booleans(),
 )
 CONTEXT = ssl.create_default_context()
-SNAPSHOT = Snapshot("default", (Upstream("app-1"), Upstream("app-2", 3, max_sessions=7)), Rules())
+SNAPSHOT = Snapshot("default", (Upstream("app-1", is_closing=True), Upstream("app-2", 3, max_sessions=7)), Rules())
 PLAIN = {"app-1": Endpoint(Address("127.0.0.1", 8001)), "app-2": Endpoint(Address(path="/run/app.sock"))}
 
 
@@ -91,10 +92,11 @@ def test_what_an_earlier_version_did_not_write_has_its_default() -> None:
     written = as_json(write_snapshot(SNAPSHOT, PLAIN))
     del written["rules"]["is_shared"]
     for one in written["upstreams"]:
-        del one["max_sessions"]
+        del one["max_sessions"], one["is_closing"]
         del one["address"]["tls"]
     snapshot, endpoints = read_snapshot(written, {})
     assert [one.max_sessions for one in snapshot.upstreams] == [None, None]
+    assert [one.is_closing for one in snapshot.upstreams] == [False, False]
     assert not snapshot.rules.is_shared
     assert endpoints == PLAIN
 
@@ -182,6 +184,8 @@ WRONG: list[tuple[str, Any]] = [
     ("upstreams.0.admin", "asleep"),
     ("upstreams.0.health", "ill"),
     ("upstreams.0.is_refused", "no"),
+    ("upstreams.0.is_closing", 1),
+    ("upstreams.0.is_closing", None),
     ("upstreams.0.server_name", None),
     ("upstreams.0.address.port", "80"),
     ("rules.policy", "by_the_moon"),

@@ -16,7 +16,7 @@ import pytest_asyncio
 from stickyproxy import __version__
 from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.affinity.snapshot import Health
-from stickyproxy.config import Config, UpstreamTls
+from stickyproxy.config import Config, Upstream, UpstreamTls
 from stickyproxy.control import probe
 from stickyproxy.control.certificates import make_upstream_context
 from stickyproxy.control.probe import Prober
@@ -49,6 +49,7 @@ class App:
         self.keeps_open = False
         self.waits_for_head = True
         self.left_over = b""
+        self.writers: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server | None = None
         self.url = ""
 
@@ -63,6 +64,7 @@ class App:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.append(writer)
         try:
             if self.waits_for_head:
                 self.heads.append(await reader.readuntil(b"\r\n\r\n"))
@@ -76,9 +78,13 @@ class App:
         finally:
             writer.close()
 
-    async def stop(self) -> None:
+    def stop_listening(self) -> None:
         if self._server is not None:
             self._server.close()
+
+    async def stop(self) -> None:
+        self.stop_listening()
+        if self._server is not None:
             await self._server.wait_closed()
 
 
@@ -111,7 +117,8 @@ class Bench:
             report(upstream_id, event)
 
         self.routing.report = note  # type: ignore[method-assign]
-        self.renew(ip=ip, tls=tls)
+        if urls:
+            self.renew(ip=ip, tls=tls)
         self.prober = Prober(config.health, self.routing)
         self.prober.start()
 
@@ -586,8 +593,144 @@ async def test_an_upstream_that_is_removed_is_probed_no_more(bench: Bench) -> No
     bench.routing.reload(Config.model_validate({"upstreams": [{"id": "app-1", "url": app.url}]}), {})
     count = bench.outcomes("app-2")["passed"]
     await until(lambda: bench.outcomes("app-2")["passed"] > count)  # as long as it is leaving
+    counters = bench.prober.counters["app-2"]
     bench.routing.drop(["app-2"])
-    count = sum(bench.outcomes("app-2").values())
+    assert list(bench.prober.counters) == ["app-1"], "metrics show it no more"
+    count = sum(counters.outcomes.values())
     passed = bench.outcomes()["passed"]
     await until(lambda: bench.outcomes()["passed"] >= passed + 5)
-    assert sum(bench.outcomes("app-2").values()) <= count + 1  # one may have been under way
+    assert sum(counters.outcomes.values()) == count
+    assert probing() == ["probe app-1"]
+
+
+# App processes come and go
+
+
+def probing() -> list[str]:
+    """Return the names of the tasks that probe."""
+    return sorted(task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("probe"))
+
+
+def process(url: str, upstream_id: str = "g1-1") -> Upstream:
+    return Upstream.model_validate({"id": upstream_id, "url": url})
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_an_app_process_is_probed_from_the_moment_it_is_added(
+    bench: Bench,
+    settings: dict[str, object],
+    is_first: bool,  # noqa: FBT001
+) -> None:
+    app, other = await bench.app(), await bench.app()
+    bench.run(*([] if is_first else [other.url]), settings=settings)
+    if not is_first:
+        await until(bench.outcomes)
+    bench.routing.add_process(process(app.url))
+    await until(lambda: bench.outcomes("g1-1").get("passed", 0) >= 3)
+    assert bench.health("g1-1") is Health.HEALTHY
+    app.stop_listening()
+    await until(lambda: bench.is_refused("g1-1"))
+
+
+async def test_without_probes_an_app_process_is_tried_while_it_is_refused(bench: Bench) -> None:
+    app = await bench.app()
+    bench.run(settings=False)
+    bench.routing.add_process(process(app.url))
+    bench.routing.report_gone("g1-1")
+    await until(lambda: not bench.is_refused("g1-1"))
+    assert bench.outcomes("g1-1") == {"passed": 1}
+
+
+async def test_an_app_process_that_is_removed_is_forgotten(bench: Bench, settings: dict[str, object]) -> None:
+    silent, app = await bench.app(), await bench.app()
+    silent.answer = None
+    silent.waits_for_head = "path" in settings
+    bench.run(settings=settings)
+    bench.routing.add_process(process(silent.url))
+    bench.routing.add_process(process(app.url, "g1-2"))
+    await until(lambda: silent.connections and bench.outcomes("g1-2"))
+    bench.routing.remove_process("g1-1")
+    assert list(bench.prober.counters) == ["g1-2"]
+    bench.events.clear()
+    await until(lambda: probing() == ["probe g1-2"])
+    passed = bench.outcomes("g1-2")["passed"]
+    await until(lambda: bench.outcomes("g1-2")["passed"] >= passed + 3)
+    assert {upstream_id for upstream_id, _ in bench.events} == {"g1-2"}
+    bench.routing.remove_process("g1-2")
+    await until(lambda: probing() == [])
+    assert bench.prober.counters == {}
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+async def test_one_that_was_started_anew_is_probed_where_it_is_now(
+    bench: Bench, settings: dict[str, object], tmp_path: Path, kind: str
+) -> None:
+    app = await bench.app()
+    bench.run(settings=settings)
+    bench.routing.add_process(process(app.url))
+    await until(lambda: bench.outcomes("g1-1").get("passed"))
+    counters = bench.prober.counters["g1-1"]
+    app.stop_listening()
+    await until(lambda: bench.is_refused("g1-1"))
+    anew = await bench.app(path=tmp_path / "g1-1.sock" if kind == "socket" else None)
+    bench.routing.add_process(process(anew.url))
+    connections, passed = app.connections, counters.outcomes["passed"]
+    await until(lambda: anew.connections >= 3 and counters.outcomes["passed"] >= passed + 3)
+    assert app.connections == connections
+    assert bench.health("g1-1") is Health.HEALTHY
+    assert bench.prober.counters["g1-1"] is counters, "it is the same upstream"
+    host = "localhost" if kind == "socket" else anew.url.removeprefix("http://")
+    assert all(f"\r\nHost: {host}\r\n".encode() in head for head in anew.heads)
+    assert probing() == ["probe g1-1"]
+
+
+async def test_a_probe_of_the_former_process_says_nothing_of_the_new_one(bench: Bench) -> None:
+    former, anew = await bench.app(), await bench.app()
+    former.answer = None
+    bench.run(settings=HTTP | {"fall": 1})
+    bench.routing.add_process(process(former.url))
+    await until(lambda: former.heads)
+    writers = former.writers
+    bench.routing.add_process(process(anew.url))
+    for writer in writers:  # what the probe would take for a failure
+        writer.transport.abort()
+    await until(lambda: bench.outcomes("g1-1").get("passed", 0) >= 2)
+    assert set(bench.events) == {("g1-1", HealthEvent.PROBE_PASSED)}
+
+
+async def test_a_prober_that_was_stopped_follows_no_more_and_another_takes_its_place(bench: Bench) -> None:
+    app, other = await bench.app(), await bench.app()
+    bench.run(settings=CONNECT)
+    bench.routing.add_process(process(app.url))
+    bench.routing.add_process(process(other.url, "g1-2"))
+    await until(lambda: bench.outcomes("g1-1") and bench.outcomes("g1-2"))
+    former, bench.prober = bench.prober, Prober(Config.model_validate({}).health, bench.routing, bench.prober.counters)
+    await former.stop()
+    bench.routing.remove_process("g1-2")
+    former.follow()
+    assert probing() == []
+    bench.prober.start()
+    assert list(bench.prober.counters) == ["g1-1"]
+    await former.stop()  # it takes nothing from the other one
+    bench.routing.add_process(process(other.url, "g1-3"))
+    await until(lambda: bench.outcomes("g1-3").get("passed"))
+    assert probing() == ["probe g1-1", "probe g1-3"]
+
+
+async def test_those_that_go_before_their_first_probe_has_ended_are_not_waited_for_to_say_what_is_missing(
+    bench: Bench, caplog: pytest.LogCaptureFixture, free_port: int
+) -> None:
+    silent = await bench.app()
+    silent.answer = None
+    bench.run(f"http://127.0.0.1:{free_port}", silent.url, settings=HTTP)
+    await until(lambda: bench.is_refused() and silent.heads)
+    assert "not there yet" not in caplog.text
+    bench.routing.reload(
+        Config.model_validate({"upstreams": [{"id": "app-1", "url": f"http://127.0.0.1:{free_port}"}]}), {}
+    )
+    bench.routing.drop(["app-2"])
+    assert "1 of 1 upstreams are not there yet: app-1 (refused)" in caplog.text
+    bench.routing.add_process(process(silent.url))
+    bench.routing.add_process(process(f"http://127.0.0.1:{free_port}", "g1-2"))
+    await until(lambda: bench.outcomes("g1-2").get("refused", 0) >= 2)
+    assert caplog.text.count("not there yet") == 1, "those that come later say so for themselves"

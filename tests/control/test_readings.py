@@ -115,6 +115,17 @@ async def test_without_any_usable_upstream_the_reason_says_so(proxy: Proxy) -> N
 # The state
 
 
+async def test_an_upstream_is_idle_when_nothing_is_under_way_whatever_sessions_it_has(proxy: Proxy) -> None:
+    proxy.begin_sessions("app-1", 4)
+    assert proxy.readings.is_idle("app-1")
+    assert not proxy.readings.is_empty("app-1")
+    for cell in (TUNNELS_OPEN, IN_FLIGHT):
+        proxy.counters("app-1", 1).cells[cell] = 1
+        assert not proxy.readings.is_idle("app-1")
+        proxy.counters("app-1", 1).cells[cell] = 0
+    assert proxy.readings.is_idle("app-1")
+
+
 async def test_the_state_names_every_worker_and_upstream(proxy: Proxy) -> None:
     proxy.readings.is_ready = True
     proxy.counters("app-1").cells[TUNNELS_OPEN] = 1
@@ -128,6 +139,7 @@ async def test_the_state_names_every_worker_and_upstream(proxy: Proxy) -> None:
     assert state == {
         "version": __version__,
         "is_ready": True,
+        "run": None,
         "workers": [
             {"index": 0, "pid": 1000, "version": "1.2.3", "is_leaving": False},
             {"index": 1, "pid": 1001, "version": "1.2.3", "is_leaving": False},

@@ -1,5 +1,6 @@
 """The routing state: what is published when, and what is said about it."""
 
+import json
 import logging
 import ssl
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ import pytest
 
 from stickyproxy.affinity.health import HealthEvent, Observed
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot
-from stickyproxy.config import Address, Config, load_text
+from stickyproxy.config import Address, Config, Upstream, load_text
 from stickyproxy.control.routing import CLUSTER, Routing
 from stickyproxy.proxy.endpoint import Endpoint
 
@@ -292,6 +293,204 @@ def test_a_reload_brings_the_thresholds_and_the_tls_of_the_file() -> None:
     assert published.endpoints["a"].tls is context
     routing.report("a", FAILED)
     assert published.last.upstreams[0].health is Health.UNHEALTHY
+
+
+# App processes
+
+
+def app_process(upstream_id: str = "g1-1", url: str = "http://127.0.0.1:20001", **more: object) -> Upstream:
+    return Upstream.model_validate({"id": upstream_id, "url": url, **more})
+
+
+def test_an_app_process_is_an_upstream_from_the_moment_it_is_added_until_it_is_removed() -> None:
+    published = Published()
+    routing = Routing(Config(), published)
+    assert routing.snapshot.upstreams == ()
+    routing.add_process(app_process())
+    routing.add_process(app_process("g1-2", "http+unix:///run/apps/g1-2.sock", weight=3, max_sessions=5))
+    assert list(routing.processes) == ["g1-1", "g1-2"]
+    assert [(one.id, one.weight, one.max_sessions) for one in published.last.upstreams] == [
+        ("g1-1", 1, None),
+        ("g1-2", 3, 5),
+    ]
+    assert ids(published.last) == [("g1-1", AdminState.READY), ("g1-2", AdminState.READY)]
+    unix = Endpoint(Address(path="/run/apps/g1-2.sock"))
+    assert published.endpoints == {"g1-1": Endpoint(Address("127.0.0.1", 20001)), "g1-2": unix}
+    routing.remove_process("g1-1")
+    assert ids(published.last) == [("g1-2", AdminState.READY)]
+    assert set(routing.endpoints) == set(routing.observed) == set(routing.admin_states) == set(routing.processes)
+    before = len(published.snapshots)
+    routing.remove_process("g1-1")
+    routing.report_gone("g1-1")
+    assert len(published.snapshots) == before
+    routing.remove_process("g1-2")
+    assert published.last.upstreams == ()
+
+
+def test_app_processes_stand_beside_the_configuration_and_no_reload_touches_them() -> None:
+    routing, published = make()
+    routing.add_process(app_process())
+    routing.add_process(app_process("g1-2", "http://127.0.0.1:20002"))
+    routing.set_admin_state("g1-2", AdminState.DRAIN)
+    routing.set_closing(["g1-2"])
+    routing.report("g1-1", FAILED)
+    before = routing.observed["g1-1"]
+    for text in (ONE, TWO, NAMED):
+        routing.reload(load_text(text + "affinity: {policy: random}", {}), {})
+        assert ids(published.last)[-2:] == [("g1-1", AdminState.READY), ("g1-2", AdminState.DRAIN)]
+        assert [one.is_closing for one in published.last.upstreams[-2:]] == [False, True]
+        assert routing.observed["g1-1"] is before
+        assert "g1-1" not in routing.leaving
+    routing.reload(Config(), {})
+    routing.drop(list(routing.leaving))
+    assert ids(published.last) == [("g1-1", AdminState.READY), ("g1-2", AdminState.DRAIN)]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:20001", "http://127.0.0.1:20009", "unix:/run/apps/g1-1.sock"])
+def test_one_that_was_started_anew_is_another_process_under_the_same_id(url: str) -> None:
+    routing, published = make(ONE)
+    routing.add_process(app_process())
+    routing.report_gone("g1-1")
+    assert published.last.upstreams[1].is_refused
+    assert "g1-1" not in [one.id for one in published.last.candidates]
+    routing.add_process(app_process(url=url))
+    again = published.last.upstreams[1]
+    assert (again.admin, again.health, again.is_refused) == (AdminState.READY, Health.UNKNOWN, False)
+    assert published.endpoints["g1-1"] == Endpoint(app_process(url=url).address)
+    assert "g1-1" in [one.id for one in published.last.candidates]
+    assert list(routing.processes) == ["g1-1"]
+
+
+def test_what_the_operator_wants_of_an_app_process_outlives_its_crash_but_not_its_end() -> None:
+    routing, published = make(ONE)
+    routing.add_process(app_process())
+    routing.set_admin_state("g1-1", AdminState.DRAIN)
+    routing.add_process(app_process(url="http://127.0.0.1:20009"))
+    assert ids(published.last)[1] == ("g1-1", AdminState.DRAIN)
+    routing.remove_process("g1-1")
+    routing.add_process(app_process())
+    assert ids(published.last)[1] == ("g1-1", AdminState.READY)
+
+
+def test_a_process_that_has_ended_is_dead_at_once() -> None:
+    routing, published = make(ONE)
+    routing.add_process(app_process())
+    routing.report("g1-1", PASSED)
+    routing.report_gone("g1-1")
+    one = published.last.upstreams[1]
+    assert (one.health, one.is_refused) == (Health.UNHEALTHY, True)
+    assert one.digest not in published.last.pinnable
+
+
+def test_closing_is_for_app_processes_and_until_their_end(caplog: pytest.LogCaptureFixture) -> None:
+    routing, published = make()
+    for number in (1, 2, 3):
+        routing.add_process(app_process(f"g1-{number}", f"http://127.0.0.1:2000{number}"))
+    before = len(published.snapshots)
+    routing.set_closing(["g1-1", "g1-2", "a", "g9-9"])
+    assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-1", "g1-2"]
+    assert [one.id for one in published.last.candidates] == ["a", "b", "g1-3"]
+    routing.set_closing(["g1-2"])
+    routing.set_closing([])
+    assert len(published.snapshots) == before + 1
+    routing.set_closing(["g1-3"])
+    assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-1", "g1-2", "g1-3"]
+    with pytest.raises(ValueError, match="about to be stopped"):
+        routing.set_admin_state("g1-1", AdminState.READY)
+    routing.set_admin_state("g1-1", AdminState.MAINT)
+    routing.remove_process("g1-1")
+    routing.add_process(app_process())
+    assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-2", "g1-3"]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_an_id_belongs_to_one_upstream(caplog: pytest.LogCaptureFixture) -> None:
+    routing, published = make()
+    with pytest.raises(ValueError, match="in the configuration"):
+        routing.add_process(app_process("a"))
+    routing.reload(load_text(ONE, {}), {})
+    with pytest.raises(ValueError, match="in the configuration"):
+        routing.add_process(app_process("b"))  # it is leaving
+    routing.drop(["b"])
+    routing.add_process(app_process("b"))
+    routing.reload(load_text(TWO, {}), {})
+    assert published.endpoints["b"] == Endpoint(Address("127.0.0.1", 20001))
+    assert [one.id for one in published.last.upstreams] == ["a", "b"]
+    assert "upstream b of the configuration is left out: an app process has that id" in caplog.messages
+    routing.remove_process("b")
+    routing.reload(load_text(TWO, {}), {})
+    assert published.endpoints["b"] == Endpoint(Address(path="/run/b.sock"))
+
+
+def test_who_follows_is_told_of_each_upstream_that_comes_moves_or_goes() -> None:
+    routing, _ = make()
+    told: list[list[str]] = []
+    routing.on_change = lambda: told.append(sorted(routing.endpoints))
+    routing.add_process(app_process())
+    routing.add_process(app_process(url="http://127.0.0.1:20009"))
+    routing.report("g1-1", REFUSED)
+    routing.set_admin_state("g1-1", AdminState.DRAIN)
+    routing.set_closing(["g1-1"])
+    assert told == [["a", "b", "g1-1"]] * 2
+    routing.remove_process("g1-1")
+    routing.reload(load_text(ONE, {}), {})  # after which everybody looks anew
+    assert told[2:] == [["a", "b"]]
+    routing.drop(["b"])
+    assert told[3:] == [["a"]]
+
+
+# Another process goes on
+
+
+def test_app_processes_go_on_in_another_image_of_the_proxy() -> None:
+    routing, before = make(NAMED)
+    routing.add_process(app_process())
+    routing.add_process(app_process("g1-2", "unix:/run/apps/g 1-2.sock", max_sessions=7))
+    routing.add_process(app_process("g2-1", "http://127.0.0.1:20003"))
+    routing.set_admin_state("g1-2", AdminState.DRAIN)
+    routing.set_closing(["g1-2"])
+    routing.report("g2-1", PASSED)
+    routing.report_gone("g1-1")
+    routing.reload(load_text(NAMED.rsplit("  -", 1)[0], {}), {})  # one is leaving, too
+    exported = json.loads(json.dumps(routing.export()))
+    published = Published()
+    told: list[None] = []
+    other = Routing(load_text(NAMED.rsplit("  -", 1)[0], {}), published)
+    other.on_change = lambda: told.append(None)
+    other.restore(exported)
+    assert told == [None]
+    assert published.last.upstreams == before.last.upstreams
+    assert [one.is_closing for one in published.last.upstreams] == [False, False, False, False, True, False]
+    assert list(other.processes) == ["g1-1", "g1-2", "g2-1"]
+    assert list(other.leaving) == ["c"]
+    assert other.processes == routing.processes
+    for upstream_id in other.processes:
+        assert published.endpoints[upstream_id] == before.endpoints[upstream_id]
+        assert other.observed[upstream_id] == routing.observed[upstream_id]
+    other.remove_process("g1-2")
+    assert other.export()["closing"] == []
+
+
+def test_what_an_earlier_version_or_nonsense_left_is_no_app_process() -> None:
+    routing, published = make()
+    exported = routing.export()
+    del exported["processes"], exported["closing"]
+    routing.restore(exported)
+    assert ids(published.last) == [("a", AdminState.READY), ("b", AdminState.READY)]
+    routing.restore(
+        {
+            "processes": [
+                "{id: g1-1",
+                "{url: 'http://127.0.0.1:1', id: a}",
+                "{id: g1-1, url: 'http://127.0.0.1:2'}",
+                "5",
+            ],
+            "closing": ["a", "g1-1", "g9-9"],
+        }
+    )
+    assert list(routing.processes) == ["g1-1"]
+    assert published.endpoints["a"].address.port == 8001
+    assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-1"]
 
 
 # The log

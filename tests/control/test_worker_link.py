@@ -267,17 +267,6 @@ async def test_kill_says_nothing_where_the_process_has_ended() -> None:
         it.link.kill()
 
 
-def test_signals_without_a_name_have_a_number() -> None:
-    assert worker_link_module._describe(signal.SIGRTMIN + 3) == f"killed by signal {signal.SIGRTMIN + 3}"
-
-
-def test_a_process_of_another_user_is_alive() -> None:
-    assert worker_link_module._is_alive(1)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    assert not worker_link_module._is_alive(ended.pid)
-
-
 # How it is started
 
 
@@ -378,7 +367,6 @@ async def test_another_image_goes_on_with_a_worker() -> None:
         state = await before.leave()
         assert (state.index, state.process_id, state.table) == (4, it.process_id, it.table.descriptor)
         assert (state.version, state.received, state.is_retiring) == ("7.7", b"", False)
-        os.close(before._descriptor or -1)  # as the execution of the other image does
         it.link = it.take(socket.socket(fileno=state.channel), state.received)
         assert (await it.link.channel.request("ping", {"a": 1})).body == {"a": 1}
         assert it.ends == 0
@@ -390,7 +378,6 @@ async def test_the_other_image_sees_that_a_worker_is_lost() -> None:
         await eventually(lambda: it.link.channel.is_closed)
         before = it.link
         state = await before.leave()
-        os.close(before._descriptor or -1)
         it.link = it.take(socket.socket(fileno=state.channel), state.received)
         await eventually(lambda: it.link.channel.is_closed)
         it.link.kill()

@@ -20,7 +20,7 @@ from stickyproxy.errors import ChannelError
 from stickyproxy.observe.table import Table
 from stickyproxy.proxy.board import Board
 from stickyproxy.proxy.endpoint import Endpoint
-from tests.helpers.supervised import SECRET, load, until
+from tests.helpers.supervised import SECRET, App, load, open_tunnel, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -173,7 +173,54 @@ async def test_orders_that_cannot_be_followed_change_nothing() -> None:
         assert (await worker.get()).endswith(b"x")
 
 
-@pytest.mark.parametrize("kind", ["accept", "drain", "depart", "arrive", "reload"])
+def shut(per_s: float, *upstreams: str, reason: str = "another version") -> dict[str, Any]:
+    return {"upstreams": [Upstream(one).digest.hex() for one in upstreams], "per_s": per_s, "reason": reason}
+
+
+async def test_tunnels_of_an_upstream_are_shut_in_the_background() -> None:
+    served = await App("app").start()
+    async with spoken() as worker:
+        await worker.start()
+        worker.publish(served.port)
+        await worker.ask("accept")
+        port = int(worker.listener.getsockname()[1])
+        tunnels = [await open_tunnel(port) for _ in range(4)]
+        assert (await worker.ask("shut", shut(10_000.0, "another"))).body == {"count": 0}
+        for tunnel in tunnels:
+            await tunnel.echo()
+        assert (await worker.ask("shut", shut(1e-6, "app", "another"))).body == {"count": 4}  # it would take weeks
+        await worker.ask("ping")
+        closing = [asyncio.get_running_loop().create_task(tunnel.receive_close()) for tunnel in tunnels]
+        await asyncio.wait(closing, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        assert sum(task.done() for task in closing) == 1
+        assert (await worker.ask("shut", shut(10_000.0, "app"))).body == {"count": 3}
+        assert await asyncio.gather(*closing) == [1012] * 4
+        for tunnel in tunnels:
+            async with tunnel.client:
+                pass
+    served.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        shut(0.0, "app"),
+        shut(float("nan"), "app"),
+        shut(1.0) | {"upstreams": ["no digest"]},
+        shut(1.0) | {"per_s": "fast"},
+        shut(1.0) | {"upstreams": 5},
+    ],
+)
+async def test_nonsense_shuts_nothing(body: dict[str, Any]) -> None:
+    async with spoken() as worker:
+        await worker.start()
+        with pytest.raises(ChannelError):
+            await worker.ask("shut", body)
+        assert not worker.has_ended()
+
+
+@pytest.mark.parametrize("kind", ["accept", "drain", "depart", "arrive", "reload", "shut"])
 async def test_nothing_can_be_asked_before_the_start(kind: str) -> None:
     async with spoken() as worker:
         with pytest.raises(ChannelError):

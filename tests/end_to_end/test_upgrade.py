@@ -262,10 +262,10 @@ async def test_what_is_installed_now_runs_afterwards(stage: Stage) -> None:
 
 
 BROKEN = {
-    "syntax": ("cli.py", None, "\n\ndef broken(:\n", "SyntaxError: invalid syntax"),
+    "syntax": ("cli/__init__.py", None, "\n\ndef broken(:\n", "SyntaxError: invalid syntax"),
     "check": (
         "control/upgrade.py",
-        "    if not inheritance.loaded.config.upstreams:\n        raise UsageError(",
+        "    if not config.upstreams and config.run is None:\n        raise UsageError(",
         "    if True:\n        raise UsageError('it wants more') or (",
         "the new version cannot start: stickyproxy: it wants more",
     ),

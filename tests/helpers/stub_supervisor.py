@@ -46,6 +46,7 @@ class StubSupervisor:
         self.certificates = SimpleNamespace(reloads=Counter[str](), facts={})
         self.reloader = SimpleNamespace(outcomes=Counter[str](), succeeded_at=0.0)
         self.upgrader = SimpleNamespace(outcomes=Counter[str]())
+        self.runner = None
         self.readings = Readings(cast("Supervisor", self))
 
     def counters(self, upstream_id: str, worker: int = 0) -> UpstreamCounters:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from ipaddress import ip_network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
-from stickyproxy.affinity.snapshot import AdminState, Health, Rules, upstream_digest
+from stickyproxy.affinity.choose import choose
+from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.snapshot import (
+    AdminState,
+    Health,
+    OnUnavailable,
+    Policy,
+    Rules,
+    Snapshot,
+    upstream_digest,
+)
 from stickyproxy.affinity.token import Lifetimes, Token, TokenCodec
+from stickyproxy.proxy import placement
 from stickyproxy.proxy.settings import Settings
 from tests.helpers.plane import CODEC
 from tests.helpers.raw import GET, Message, RawLink, RawUpstream, eventually, request
+from tests.helpers.tunnels import ACCEPT, HANDSHAKE
 
 if TYPE_CHECKING:
+    from stickyproxy.affinity.choose import Choice, Question
     from tests.helpers.plane import PlaneUnderTest, Start
 
 
@@ -45,10 +59,10 @@ def token(cookie: str) -> Token:
     return parsed
 
 
-def cookie_for(upstream_id: str, *, age_s: int = 0, codec: TokenCodec = CODEC) -> str:
+def cookie_for(upstream_id: str, *, age_s: int = 0, codec: TokenCodec = CODEC, client_id: bytes = b"0123456789") -> str:
     """Return the cookie of a client that was pinned some time ago."""
     made = int(time.time()) - age_s  # noqa: TID251 -- tokens use it
-    return "stickyproxy=" + codec.write(Token(upstream_digest(upstream_id), b"0123456789", made, made)).decode()
+    return "stickyproxy=" + codec.write(Token(upstream_digest(upstream_id), client_id, made, made)).decode()
 
 
 # The cookie
@@ -317,6 +331,158 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(start: Start) ->
         await asyncio.sleep(0)
     assert proxy.upstream.links == []
     assert proxy.plane.counters.affinity == {"wait": 1}
+
+
+# An upstream that is closing
+
+
+def begin_closing(proxy: PlaneUnderTest, upstream: RawUpstream) -> None:
+    """Publish that an upstream has drained for as long as it may."""
+    before, endpoints = proxy.plane.snapshot, {one.upstream_id: one.endpoint for one in proxy.plane.pools.values()}
+    states = tuple(replace(one, is_closing=one.is_closing or one.id == upstream.id) for one in before.upstreams)
+    proxy.plane.publish(Snapshot(before.cluster, states, before.rules), endpoints)
+
+
+def note_questions(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
+    """Note what is asked beyond the look at the pin that is all that most exchanges need."""
+    asked: list[Question] = []
+
+    def note(snapshot: Snapshot, question: Question, *more: Any) -> Choice:
+        asked.append(question)
+        return choose(snapshot, question, *more)
+
+    monkeypatch.setattr(placement, "choose", note)
+    return asked
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(on_unavailable="refuse"), Rules(on_unavailable="wait", wait_s=3600)])
+async def test_a_tunnel_holds_its_client_at_one_that_is_closing_and_its_end_lets_it_go(
+    start: Start, rules: Rules
+) -> None:
+    proxy = await start(2, rules=rules)
+    first, second = proxy.upstreams
+    cookie, idle = (cookie_for("app-1", age_s=9, client_id=one) for one in (b"has tunnel", b"is idle   "))
+    client, app = await proxy.open(HANDSHAKE.replace(b"\r\n\r\n", f"\r\nCookie: {cookie}\r\n\r\n".encode()))
+    await app.read_request()
+    app.send(ACCEPT)
+    assert (await client.read_message()).status == 101
+    begin_closing(proxy, first)
+    for _ in range(3):
+        where, _, response = await visit(proxy, cookie)
+        assert (where, response.cookie) == (first, "")
+    moved, _, response = await visit(proxy, idle)
+    assert moved is second, "nothing holds this one"
+    assert token(response.cookie).digest == upstream_digest("app-2")
+    assert (await visit(proxy))[0] is second, "nobody new"
+    assert proxy.plane.counters.breaks == {"closed": 1}
+    client.reset()
+    await eventually(lambda: not proxy.plane.tunnels)
+    where, _, response = await visit(proxy, cookie)
+    assert where is second
+    assert token(response.cookie).digest == upstream_digest("app-2")
+    assert token(response.cookie).client_id == token(cookie).client_id
+    assert proxy.plane.counters.breaks == {"closed": 2}
+    assert proxy.plane.counters.affinity == {"new": 1, "hit": 4, "redispatched": 2}
+
+
+async def test_an_exchange_under_way_holds_its_client_at_one_that_is_closing(start: Start) -> None:
+    proxy = await start(2)
+    first, second = proxy.upstreams
+    cookie = cookie_for("app-1")
+    client, app = await proxy.open(request("GET /events", f"Cookie: {cookie}"))
+    await app.read_request()
+    begin_closing(proxy, first)
+    assert (await visit(proxy, cookie))[0] is first
+    app.answer(b"whole")
+    response = await client.read_response()
+    assert (response.body, response.cookie) == (b"whole", "")
+    assert (await visit(proxy, cookie))[0] is second
+
+
+async def test_one_that_is_closing_and_gone_holds_nobody(start: Start) -> None:
+    proxy = await start(2)
+    first, second = proxy.upstreams
+    cookie = cookie_for("app-1")
+    client, app = await proxy.open(request("GET /events", f"Cookie: {cookie}"))
+    await app.read_request()
+    begin_closing(proxy, first)
+    await first.stop()  # the exchange goes on, and nobody else comes in
+    proxy.observed.pop(first.id)  # what is reported of it changes nothing
+    where, _, response = await visit(proxy, cookie)
+    assert where is second
+    assert token(response.cookie).digest == upstream_digest("app-2")
+    assert proxy.reports == [("app-1", HealthEvent.REFUSED)]
+    assert proxy.plane.counters.breaks == {"unreachable": 1}
+    app.answer(b"whole")
+    assert (await client.read_response()).body == b"whole"
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+async def test_nobody_waits_for_one_that_will_not_come_back(
+    start: Start,
+    is_removed: bool,  # noqa: FBT001
+) -> None:
+    proxy = await start(2, rules=Rules(on_unavailable="wait", wait_s=3600))
+    first, second = proxy.upstreams
+    proxy.set_admin(first, AdminState.MAINT)
+    client = await proxy.client()
+    client.send(request("GET /", f"Cookie: {cookie_for('app-1')}"))
+    await eventually(lambda: proxy.plane._changed)
+    proxy.set_health(second, Health.HEALTHY)  # something else changes: it goes on waiting
+    await eventually(lambda: proxy.plane._changed)
+    assert second.links == []
+    if is_removed:
+        proxy.remove(first)
+    else:
+        begin_closing(proxy, first)
+    app = await second.accept()
+    await app.read_request()
+    app.answer()
+    assert token((await client.read_response()).cookie).digest == upstream_digest("app-2")
+    assert proxy.plane.counters.breaks == {"removed" if is_removed else "maint": 1}
+
+
+async def test_a_pin_that_holds_asks_nothing_more(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = await start(2)
+    first, second = proxy.upstreams
+    asked = note_questions(monkeypatch)
+    begin_closing(proxy, first)
+    assert (await visit(proxy, cookie_for("app-2")))[0] is second
+    assert asked == []
+    await visit(proxy, cookie_for("app-1", client_id=b"another..."))
+    assert len(asked) == 1
+
+
+# No upstream at all
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("on_unavailable", get_args(OnUnavailable))
+@pytest.mark.parametrize("is_shared", [True, False])
+async def test_without_an_upstream_everybody_is_told_to_come_again(
+    start: Start,
+    policy: Policy,
+    on_unavailable: OnUnavailable,
+    is_shared: bool,  # noqa: FBT001
+) -> None:
+    rules = Rules(policy, on_unavailable, wait_s=3600, uses_client_address=True, is_shared=is_shared)
+    proxy = await start(1, rules=rules)
+    upstream = proxy.upstream
+    proxy.remove(upstream)
+    client = await proxy.client()
+    document = "Sec-Fetch-Dest: document"
+    for fields in ([], [document], [f"Cookie: {cookie_for('app-1')}"], ["Cookie: stickyproxy=rubbish", document]):
+        client.send(request("GET /", *fields))
+        response = await client.read_response()
+        assert (response.status, response["Retry-After"], response.cookie) == (503, "1", "")
+    assert proxy.plane.counters.affinity == {"none": 4}
+    proxy.upstreams = (upstream,)
+    proxy.publish()
+    client.send(request("GET /", document))
+    app = await upstream.accept()
+    await app.read_request()
+    app.answer()
+    assert (await client.read_response()).cookie
 
 
 # The client's address

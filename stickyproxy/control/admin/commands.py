@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import math
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
+from stickyproxy.config import MAX_PROCESSES
+from stickyproxy.control.runner.deploy import DeployOptions
 from stickyproxy.errors import UsageError
 
 if TYPE_CHECKING:
+    from stickyproxy.config import Run
+    from stickyproxy.control.runner.runner import Runner
+    from stickyproxy.control.runner.seat import Seat
     from stickyproxy.control.supervisor import Supervisor
+
+_WATCH_S: Final = 10.0
 
 
 class Commands:
@@ -23,6 +32,11 @@ class Commands:
         router.add_post("/api/v1/reload", self._reload)
         router.add_get("/api/v1/upgrade", self._show_upgrade)
         router.add_post("/api/v1/upgrade", self._upgrade)
+        router.add_get("/api/v1/deploy", self._show_deploy)
+        router.add_post("/api/v1/deploy", self._deploy)
+        router.add_post("/api/v1/scale", self._scale)
+        router.add_post("/api/v1/processes/{id}/restart", self._restart)
+        router.add_get("/api/v1/processes/{id}/log", self._show_log)
 
     async def _reload(self, _: web.Request) -> web.Response:
         try:
@@ -44,3 +58,87 @@ class Commands:
         except UsageError as error:
             raise web.HTTPUnprocessableEntity(text=str(error)) from error
         return web.json_response(upgrader.status, status=202)
+
+    # The app processes
+
+    @property
+    def _runner(self) -> Runner:
+        runner = self._supervisor.runner
+        if runner is None:
+            raise web.HTTPUnprocessableEntity(text="this proxy runs no app; somebody else starts its upstreams")
+        return runner
+
+    def _seat(self, request: web.Request) -> Seat:
+        seat = self._runner.seats.get(request.match_info["id"])
+        if seat is None:
+            raise web.HTTPNotFound(text=f"there is no app process {request.match_info['id']!r}")
+        return seat
+
+    async def _show_deploy(self, _: web.Request) -> web.Response:
+        deploy = self._runner.deploy
+        return web.json_response({"number": 0, "state": "none"} if deploy is None else deploy.status)
+
+    async def _deploy(self, request: web.Request) -> web.Response:
+        """Answer once it has begun; what becomes of it is to be asked for."""
+        runner = self._runner
+        options = read_deploy_options(await request.read(), runner.settings)
+        if runner.is_turning:
+            raise web.HTTPConflict(text="a deploy is under way already")
+        try:
+            deploy = runner.begin_deploy(options)
+        except UsageError as error:
+            raise web.HTTPUnprocessableEntity(text=str(error)) from error
+        return web.json_response(deploy.status, status=202)
+
+    async def _scale(self, request: web.Request) -> web.Response:
+        runner = self._runner
+        before, wanted = runner.processes, read_body(await request.read(), {"processes"}).get("processes")
+        if type(wanted) is not int or not 1 <= wanted <= MAX_PROCESSES:
+            raise web.HTTPBadRequest(text=f"expected a number of processes from 1 to {MAX_PROCESSES}")
+        try:
+            runner.scale(wanted)
+        except UsageError as error:
+            raise web.HTTPUnprocessableEntity(text=str(error)) from error
+        return web.json_response({"from": before, "to": wanted}, status=202)
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        seat = self._seat(request)
+        try:
+            replacement = self._runner.replace(seat)
+        except UsageError as error:
+            raise web.HTTPUnprocessableEntity(text=str(error)) from error
+        return web.json_response({"id": seat.id, "replacement": replacement.id}, status=202)
+
+    async def _show_log(self, request: web.Request) -> web.Response:
+        seat = self._seat(request)
+        return web.json_response({"lines": seat.last_lines, "written": seat.written})
+
+
+def read_body(body: bytes, keys: set[str]) -> dict[str, Any]:
+    """Return the object of a body with no other keys than these; {} for an empty one. Raises HTTPBadRequest."""
+    try:
+        parsed = json.loads(body) if body else {}
+    except (ValueError, RecursionError):
+        raise web.HTTPBadRequest(text="the body is no JSON") from None
+    if not isinstance(parsed, dict) or parsed.keys() - keys:
+        raise web.HTTPBadRequest(text=f"expected an object with some of the keys {', '.join(sorted(keys))}")
+    return parsed
+
+
+def read_deploy_options(body: bytes, settings: Run) -> DeployOptions:
+    """Return the options of a deploy; what the body does not say, the settings do. Raises HTTPBadRequest."""
+    given = read_body(body, {"drain_timeout_s", "pace_per_s", "surge", "watch_s"})
+    drain_timeout_s = given.get("drain_timeout_s", settings.drain_timeout_s)
+    pace_per_s, surge = given.get("pace_per_s", settings.pace_per_s), given.get("surge", 1)
+    watch_s = given.get("watch_s", _WATCH_S)
+    if not (drain_timeout_s is None or _is_number(drain_timeout_s)) or not _is_number(watch_s):
+        raise web.HTTPBadRequest(text="drain_timeout_s and watch_s are seconds, not negative")
+    if not _is_number(pace_per_s) or pace_per_s <= 0:
+        raise web.HTTPBadRequest(text="pace_per_s is a number of clients, above 0")
+    if type(surge) is not int or not 0 <= surge <= MAX_PROCESSES:
+        raise web.HTTPBadRequest(text=f"surge is a number of processes from 1 to {MAX_PROCESSES}, or 0 for all")
+    return DeployOptions(drain_timeout_s, pace_per_s, surge, watch_s)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]

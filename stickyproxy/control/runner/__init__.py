@@ -1,0 +1,1 @@
+"""The app processes that the proxy itself starts: started, watched, replaced and ended."""

@@ -1,0 +1,88 @@
+"""A deploy decides which generation serves, and says how it stands."""
+
+from pathlib import Path
+
+import pytest
+
+from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.control.runner.deploy import Deploy, DeployOptions
+from stickyproxy.control.runner.runner import Runner
+from tests.helpers.runner import running_app
+from tests.helpers.supervised import open_tunnel, port_of, until
+
+OPTIONS = DeployOptions(drain_timeout_s=None, pace_per_s=20.0, surge=1, watch_s=0.0)
+WATCHED = DeployOptions(drain_timeout_s=None, pace_per_s=20.0, surge=0, watch_s=600.0)
+
+
+def states(runner: Runner) -> dict[str, str]:
+    return {seat.id: seat.state for seat in runner.seats.values()}
+
+
+async def test_the_old_generation_serves_until_all_of_the_new_one_are_ready(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 2) as (supervisor, runner):
+        await until(lambda: states(runner) == {"g1-1": "ready", "g1-2": "ready"})
+        seen: list[set[str]] = []
+        publish = supervisor.routing._publish
+
+        def note(snapshot: object, endpoints: object) -> None:
+            seen.append({one.id for one in snapshot.upstreams if one.accepts_new})  # type: ignore[attr-defined]
+            publish(snapshot, endpoints)  # type: ignore[arg-type]
+
+        supervisor.routing._publish = note
+        deploy = runner.begin_deploy(WATCHED)
+        await until(lambda: deploy.state == "watching")
+        states_now = supervisor.routing.admin_states
+        assert {name for name, state in states_now.items() if state is AdminState.READY} == {"g2-1", "g2-2"}
+        assert all(seen), "somebody takes new clients at every moment"
+        assert {"g2-1"} not in seen
+        assert {"g1-1", "g1-2"} <= set(states(runner)), "none is stopped as long as they may be needed"
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+async def test_as_many_start_at_once_as_may(tmp_path: Path, surge: int) -> None:
+    async with running_app(tmp_path, 2) as (_, runner):
+        (tmp_path / "version").write_text("silent")
+        runner.begin_deploy(DeployOptions(None, 20.0, surge, 0.0))
+        await until(lambda: "g2-1" in runner.seats and "starting silent" in runner.seats["g2-1"].last_lines)
+        assert ("g2-2" in runner.seats) is (surge == 0)
+
+
+async def test_a_crash_within_the_watch_takes_it_back(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (supervisor, runner):
+        (tmp_path / "version").write_text("late")
+        deploy = runner.begin_deploy(WATCHED)
+        await until(lambda: deploy.state == "failed")
+        status = deploy.status
+        assert "g2-1: it crashed" in status["reason"]
+        assert "listening" in status["last_lines"]
+        assert states(runner) == {"g1-1": "ready"}
+        assert supervisor.routing.admin_states == {"g1-1": AdminState.READY}
+        assert (runner.generation, runner.is_turning) == (1, False)
+        (tmp_path / "version").write_text("1")
+        again = runner.begin_deploy(OPTIONS)
+        await until(lambda: again.state == "ok")
+        assert runner.generation == 2
+        assert list(states(runner).values()) == ["ready"]
+
+
+async def test_it_says_how_many_sessions_are_left_and_how_long_they_take(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (supervisor, runner):
+        tunnels = [await open_tunnel(port_of(supervisor)) for _ in range(4)]
+        await until(lambda: runner.count_sessions(runner.seats["g1-1"]) == 4)
+        deploy = runner.begin_deploy(DeployOptions(600.0, 20.0, 1, 0.0))
+        await until(lambda: deploy.state == "draining")
+        status = deploy.status
+        assert status["sessions_left"] == 4
+        assert 0 < status["eta_s"] <= 600.2
+        for tunnel in tunnels:
+            async with tunnel.client:
+                await tunnel.echo()
+
+
+async def test_another_image_tells_what_became_of_it(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        deploy = runner.begin_deploy(OPTIONS)
+        await until(lambda: deploy.state == "ok")
+        again = Deploy.adopt(runner, deploy.leave())
+        assert again.status == deploy.status
+        assert again.options == OPTIONS
