@@ -224,6 +224,7 @@ class Supervisor:
 
     async def _stop_runner(self, runner: Runner) -> None:
         """End the app processes; at once after a second signal."""
+        await self._stop_watching()  # nobody need be told that they are gone
         at_once = spawn(self._stop_now.wait(), "second signal")
         at_once.add_done_callback(lambda task: None if task.cancelled() else runner.kill())
         await runner.stop()

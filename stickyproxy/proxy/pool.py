@@ -151,12 +151,12 @@ class Pool:
     def on_return(self, age_s: float) -> None:
         """Count a client that was placed `age_s` seconds ago no more: it came back, and is a session now.
 
-        Where another worker has placed it, the count goes below zero here, and is right in the sum of all.
+        A client with connections to several workers comes back to each of them; where another one has placed it, it
+        counts twice for two windows at most. To count it less often would draw all newcomers to where it went.
         """
-        is_shared = self._plane.snapshot.rules.is_shared
-        if age_s <= PLACED_WINDOW_S and (self.placed > 0 or is_shared):
+        if age_s <= PLACED_WINDOW_S and self.placed > 0:
             self.placed -= 1
-        elif age_s <= 2 * PLACED_WINDOW_S and (self.placed_before > 0 or is_shared):
+        elif age_s <= 2 * PLACED_WINDOW_S and self.placed_before > 0:
             self.placed_before -= 1
 
     def empty(self) -> None:

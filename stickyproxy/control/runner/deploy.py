@@ -120,6 +120,8 @@ class Deploy:
         self.retirement, self._first_sessions = retirement, retirement.sessions_left
         logger.info("deploy: generation %d serves; %d sessions are left", self.generation, self._first_sessions)
         await self._host.retire(retirement)
+        if self._host.is_stopping:
+            return
         self.state = "ok"
         logger.info("deploy: generation %d has taken over from all before", self.generation)
 

@@ -62,7 +62,7 @@ class Runner:
         self._retirements: set[Retirement] = set()
         self._care = Care(self)
         self._reaper = Reaper(self._list_process_ids)
-        self._is_stopping = False
+        self.is_stopping = False
         self._meter = Meter()
         self._usages: dict[int, Usage] = {}
         self._measured_at = 0.0
@@ -93,7 +93,7 @@ class Runner:
 
     async def stop(self) -> None:
         """End all processes."""
-        self._is_stopping = True
+        self.is_stopping = True
         self._care.stop()
         await asyncio.gather(*(seat.stop() for seat in tuple(self.seats.values())))
         self._reaper.stop()
@@ -165,7 +165,7 @@ class Runner:
             await self.retire(self._make_retirement([seat]))
 
     def _check_free(self) -> None:
-        if self._is_stopping:
+        if self.is_stopping:
             raise UsageError("the proxy is stopping")
         if self._supervisor.upgrader.is_running:
             raise UsageError("an upgrade is under way")
@@ -192,7 +192,7 @@ class Runner:
     def remove(self, seat: Seat) -> None:
         """Forget a seat that has ended."""
         self.seats.pop(seat.id, None)
-        if seat.id in self._routing.processes and not self._is_stopping:
+        if seat.id in self._routing.processes and not self.is_stopping:
             self._routing.remove_process(seat.id)
 
     def add(self, seat: Seat, upstream: Upstream) -> None:
