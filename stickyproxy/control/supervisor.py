@@ -219,6 +219,7 @@ class Supervisor:
         stack.push_async_callback(self._stop_runner, self.runner)
         if self._inherited is None:
             await self.runner.start(self._stop)
+            await self.fleet.published()  # who has waited at the listener must find it
         else:
             await self.runner.adopt(self._inherited.runner)
 
