@@ -76,17 +76,25 @@ class Following:
 
     async def run(self, client: ControlClient) -> Any:
         """Let the proxy begin, show how it goes, and return the last status. Raises ControlError where it is lost."""
-        number = (await self.begin(client))["number"]
+        last = await self.begin(client)
+        number = last["number"]
         with Progress() as progress:
 
             def is_over(status: Any) -> bool:
+                nonlocal last
                 if status.get("number") != number:
+                    if (
+                        last["state"] == "draining" and status.get("number", 0) > number
+                    ):  # it serves, or none could begin
+                        return True
                     raise ControlError("what became of the deploy is not known: the proxy tells of another one")
                 if status["state"] in _UNDER_WAY:
                     progress.show(*describe(status))
+                last = status
                 return status["state"] not in _UNDER_WAY
 
-            return await client.watch(_PATH, is_over, _EVERY_S)
+            await client.watch(_PATH, is_over, _EVERY_S)
+        return last | {"state": "ok"} if last["state"] == "draining" else last
 
 
 def describe(status: Any) -> tuple[str, str]:

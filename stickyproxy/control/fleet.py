@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
 from collections import Counter
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RETURN_S: Final = 10.0  # for the clients of a worker that has died, and their tunnels, to come back
 _END_S: Final = 3.0  # for a worker that was told to end, beyond the time that it was given
 _PUBLISH_S: Final = 0.002  # changes within so long are published together: one probe may follow the other
 _ACKNOWLEDGED_S: Final = 5.0
@@ -83,6 +85,7 @@ class Fleet:
         self.board = Board.create()
         self.next_board: Board | None = None
         """That of the successors."""
+        self._lost_at = -math.inf
         self.moving = asyncio.Lock()
         """Held while connections move between workers: one that takes some over cannot leave."""
         self._slots: dict[str, int] = {}
@@ -352,6 +355,8 @@ class Fleet:
         link.table.close()
         if all(one.index != link.index for one in self if one is not link):
             self.board.clear_worker(link.index)
+        if link in self.links and not link.is_leaving:
+            self._lost_at = asyncio.get_running_loop().time()
         self.registry.forget(link.process_id)
         self._show_sessions()
         self._starting.discard(link)
@@ -389,6 +394,10 @@ class Fleet:
             else:  # there are to be fewer by now
                 self.links.remove(link)
                 self._give_up(link)
+
+    def knows_sessions(self, idle_s: float) -> bool:
+        """Say whether all sessions are known: those of a worker that has died come back within their idle time."""
+        return asyncio.get_running_loop().time() >= self._lost_at + max(idle_s, _RETURN_S)
 
     # Reloads
 

@@ -154,6 +154,9 @@ class Readings:
         supervisor, digest = self._supervisor, upstream_digest(upstream_id)
         if supervisor.routing.observed[upstream_id].is_refused:
             return True
+        idle_s = supervisor.config.affinity.session_idle_s
+        if supervisor.fleet.registry.count(digest) or not supervisor.fleet.knows_sessions(idle_s):
+            return False
         counters = self._read_live().upstream(digest)
         return not (supervisor.fleet.registry.count(digest) or counters.tunnels_open or counters.in_flight)
 

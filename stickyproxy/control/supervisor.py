@@ -163,7 +163,9 @@ class Supervisor:
             self.notifier.ready(f"serving {count} upstreams")
             await self._stop.wait()
             self.readings.is_ready = False
-            self.notifier.stopping("finishing what is open", within_s=self.config.grace_s)
+            run = self.config.run
+            within_s = self.config.grace_s + (0.0 if run is None else run.stop.timeout_s)
+            self.notifier.stopping("finishing what is open", within_s=within_s)
             await self._drain()
 
     async def _start(self, stack: AsyncExitStack) -> None:

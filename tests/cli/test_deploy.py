@@ -155,12 +155,21 @@ def test_a_deploy_that_fails_says_why_and_what_the_process_said_last(proxy: Stub
 def test_a_deploy_that_nobody_knows_of_any_more(proxy: StubProxy) -> None:
     """Another one has begun between two looks, or another proxy runs by now."""
     proxy.answer("POST", PATH, BEGUN)
-    for other in (status("starting", number=4), {"number": 0, "state": "none"}):
-        proxy.answer("GET", PATH, status("draining"), other, status("ok", number=4))
+    for before, other in (
+        ("starting", status("starting", number=4)),
+        ("draining", {"number": 0, "state": "none"}),
+    ):
+        proxy.answer("GET", PATH, status(before), other, status("ok", number=4))
         result = run("deploy", "--control", proxy.path)
         assert result.exit_code == 1
         said = "stickyproxy: what became of the deploy is not known: the proxy tells of another one\n"
         assert result.stderr == said
+
+
+def test_a_deploy_that_serves_is_none_that_failed_because_another_one_begins(proxy: StubProxy) -> None:
+    proxy.answer("POST", PATH, BEGUN)
+    proxy.answer("GET", PATH, status("draining"), status("starting", number=4))
+    assert run("deploy", "--control", proxy.path).exit_code == 0
 
 
 def test_a_proxy_that_does_not_say_whether_it_deploys(proxy: StubProxy) -> None:

@@ -297,6 +297,16 @@ async def test_a_worker_that_dies_is_replaced_and_the_others_notice_nothing(
                 pass
 
 
+async def test_when_a_worker_has_died_its_sessions_are_not_known_for_a_while(apps: Apps) -> None:
+    async with started(apps) as running_:
+        assert running_.fleet.knows_sessions(3600.0)
+        gone = running_.fleet.links[0]
+        kill(gone.process_id)
+        await running_.replaced(gone)
+        assert not running_.fleet.knows_sessions(3600.0)
+        assert not running_.fleet.knows_sessions(0.0), "clients need some seconds to come back"
+
+
 async def test_what_a_dead_worker_counted_is_kept_and_what_it_had_open_is_not(apps: Apps) -> None:
     async with started(apps, workers=1) as running_:
         fleet = running_.fleet

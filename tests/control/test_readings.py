@@ -126,6 +126,14 @@ async def test_an_upstream_is_idle_when_nothing_is_under_way_whatever_sessions_i
     assert proxy.readings.is_idle("app-1")
 
 
+async def test_nothing_is_empty_while_the_sessions_of_a_dead_worker_may_come_back(proxy: Proxy) -> None:
+    assert proxy.readings.is_empty("app-1")
+    proxy.fleet._lost_at = asyncio.get_running_loop().time()
+    assert not proxy.readings.is_empty("app-1")
+    proxy.fleet._lost_at -= proxy.config.affinity.session_idle_s
+    assert proxy.readings.is_empty("app-1")
+
+
 async def test_the_state_names_every_worker_and_upstream(proxy: Proxy) -> None:
     proxy.readings.is_ready = True
     proxy.counters("app-1").cells[TUNNELS_OPEN] = 1

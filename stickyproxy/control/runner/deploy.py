@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.control.runner.retirement import Retirement
-from stickyproxy.errors import StickyproxyError
+from stickyproxy.errors import StickyproxyError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,20 +99,26 @@ class Deploy:
 
     async def run(self) -> None:
         """Start the new generation, let it serve, and retire the old one; or take it back."""
-        host, old = self._host, self._host.serving
+        host = self._host
         logger.info("deploy: generation %d starts beside generation %d", self.generation, host.generation)
         try:
             await self._start(self._processes)
-            self._switch(old)
+            self._switch(self._old)
             await self._watch()
-        except DeployError as error:
-            await self._take_back(old, error)
+        except (DeployError, UsageError) as error:
+            await self._take_back(error)
             return
         except Exception as error:
             logger.exception("the deploy crashed")
-            await self._take_back(old, DeployError(f"the deploy crashed: {error!r}"))
+            await self._take_back(DeployError(f"the deploy crashed: {error!r}"))
             return
+        old = self._old
         await self.finish(Retirement(host, old, self.options.drain_timeout_s, self.options.pace_per_s))
+
+    @property
+    def _old(self) -> tuple[Seat, ...]:
+        """Return the seats of former generations that nobody else retires."""
+        return tuple(seat for seat in self._host.serving if seat.generation < self.generation)
 
     async def finish(self, retirement: Retirement) -> None:
         """Retire the old generation: the new one serves."""
@@ -149,8 +155,7 @@ class Deploy:
         self._states_before = self._host.admin_states
         for seat in self._new:
             seat.serve()
-        for seat in old:
-            self._host.set_state(seat, AdminState.DRAIN)
+        self._host.drain(old)
         self._host.generation = self.generation
         self.state = "watching"
 
@@ -161,15 +166,18 @@ class Deploy:
             await asyncio.sleep(min(0.1, self.options.watch_s))
             self._check()
 
-    async def _take_back(self, old: Sequence[Seat], error: DeployError) -> None:
-        self._reason, self._last_lines = str(error), error.last_lines
+    async def _take_back(self, error: StickyproxyError) -> None:
+        self._reason = str(error)
+        self._last_lines = error.last_lines if isinstance(error, DeployError) else ()
         logger.error("deploy: generation %d is taken back, the old one serves on: %s", self.generation, error)
-        for seat in old:
-            self._host.set_state(seat, self._states_before.get(seat.id, AdminState.READY))
-        if self._host.generation == self.generation:
-            self._host.generation -= 1
-        await Retirement(self._host, self._new, 0.0, self.options.pace_per_s).run()
-        self.state = "failed"
+        try:
+            for seat in self._old:
+                self._host.set_state(seat, self._states_before.get(seat.id, AdminState.READY))
+            if self._host.generation == self.generation:
+                self._host.generation -= 1
+            await Retirement(self._host, self._new, 0.0, self.options.pace_per_s).run()
+        finally:
+            self.state = "failed"
 
     # Another image of this process
 

@@ -89,7 +89,7 @@ class Places:
         self.ports = ports
         self.directory = directory / f"apps-{os.getpid()}"
         self._taken_ports: set[int] = set()
-        self._taken_paths: set[Path] = set()
+        self._used_paths: set[Path] = set()
         # Somewhere in the range, and from there on round: two proxies with one range that start at once do not look
         # at the same ports while their apps are not listening yet, and a port rests before it is given again.
         self._next = secrets.randbelow(ports.last - ports.first + 1)
@@ -102,7 +102,6 @@ class Places:
         """
         if uses_socket:
             path = self._choose_path(upstream_id)
-            self._taken_paths.add(path)
             return Place(self, None, path)
         port, hold = self._find_port()
         self._taken_ports.add(port)
@@ -118,7 +117,7 @@ class Places:
                 self._taken_ports.add(port)
                 return Place(self, port, None)
             case {"port": None, "socket": str(path)}:
-                self._taken_paths.add(Path(path))
+                self._used_paths.add(Path(path))
                 return Place(self, None, Path(path))
             case _:
                 raise UsageError(f"where app process {upstream_id} listens cannot be told: {left!r}")
@@ -132,7 +131,6 @@ class Places:
         if place.port is not None:
             self._taken_ports.discard(place.port)
         if place.socket is not None:
-            self._taken_paths.discard(place.socket)
             try:
                 place.socket.unlink(missing_ok=True)
             except OSError as error:
@@ -188,7 +186,9 @@ class Places:
         self._make_directory()
         name = _UNSAFE.sub("_", upstream_id)
         free = (self.directory / f"{name}{f'-{number}' if number > 1 else ''}.sock" for number in count(1))
-        path = next(path for path in free if path not in self._taken_paths)
+        # One that was used before may belong to an upstream that is waited for: it would seem to be back too soon.
+        path = next(path for path in free if path not in self._used_paths)
+        self._used_paths.add(path)
         if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
             raise UsageError(
                 f"the path of the socket {path} has more than {MAX_SOCKET_PATH_BYTES} bytes; "

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from typing_extensions import override
 
-from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Retirement:
         for seat in self.left:
             if seat.state == "ready":
                 seat.state = "draining"
-            self._host.set_state(seat, AdminState.DRAIN)
+        self._host.drain(self.left)
         closing = spawn(self._close(), "drain timeout")
         try:
             await asyncio.gather(*(self._retire(seat) for seat in self.left))

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
@@ -63,6 +64,8 @@ class Runner:
         self._care = Care(self)
         self._reaper = Reaper(self._list_process_ids)
         self.is_stopping = False
+        self._resize_to: int | None = None  # as a reload has said, while it cannot be
+        self._replaced: dict[Seat, Seat] = {}  # by their replacements, while these are starting
         self._meter = Meter()
         self._usages: dict[int, Usage] = {}
         self._measured_at = 0.0
@@ -95,7 +98,8 @@ class Runner:
         """End all processes."""
         self.is_stopping = True
         self._care.stop()
-        await asyncio.gather(*(seat.stop() for seat in tuple(self.seats.values())))
+        while self.seats:  # some may have been made just now
+            await asyncio.gather(*(seat.stop() for seat in tuple(self.seats.values())))
         self._reaper.stop()
         await self.warden.stop()
         self.places.close()
@@ -116,7 +120,15 @@ class Runner:
         before, self.settings = self.settings, run
         self.places.ports = run.ports
         if run.processes != before.processes:
-            self.scale(min(max(self.processes, run.processes.min), run.processes.max))
+            self._resize_to = min(max(self.processes, run.processes.min), run.processes.max)
+            self.resize_if_due()
+
+    def resize_if_due(self) -> None:
+        """Have as many processes as the settings say, where that had to wait for a deploy or an upgrade."""
+        if self._resize_to is not None and self._resize_to != self.processes:
+            with suppress(UsageError):  # not yet
+                self.scale(self._resize_to)
+                self._resize_to = None
 
     # What operators ask for
 
@@ -150,6 +162,8 @@ class Runner:
         Raises UsageError where the seat does not serve any more.
         """
         self._check_free()
+        if self.is_turning:
+            raise UsageError("a deploy is under way: restart it after that")
         if seat not in self.serving:
             raise UsageError(f"{seat.id} is about to end, or does not serve yet")
         new = self.make(seat.generation)
@@ -157,7 +171,11 @@ class Runner:
         return new
 
     async def _replace(self, seat: Seat, new: Seat) -> None:
-        reason = await asyncio.shield(new.first)
+        self._replaced[seat] = new
+        try:
+            reason = await asyncio.shield(new.first)
+        finally:
+            del self._replaced[seat]
         if reason:
             logger.error("app process %s stays: %s, its replacement, does not start: %s", seat.id, new.id, reason)
             await new.stop()
@@ -165,7 +183,7 @@ class Runner:
             await self.retire(self._make_retirement([seat]))
 
     def _check_free(self) -> None:
-        if self.is_stopping:
+        if self.is_stopping or self._supervisor.is_stopping:
             raise UsageError("the proxy is stopping")
         if self._supervisor.upgrader.is_running:
             raise UsageError("an upgrade is under way")
@@ -174,8 +192,11 @@ class Runner:
 
     @property
     def serving(self) -> tuple[Seat, ...]:
-        """Return the seats that serve, or will as soon as they can: those that are neither held nor retired."""
-        retired = {seat for one in self._retirements for seat in one.seats}
+        """Return the seats that serve, or will as soon as they can: those that are neither held nor retired.
+
+        Of one that is being replaced and its replacement, only the former is among them until it is retired.
+        """
+        retired = {seat for one in self._retirements for seat in one.seats} | set(self._replaced.values())
         return tuple(
             seat
             for seat in self.seats.values()
@@ -183,7 +204,9 @@ class Runner:
         )
 
     def make(self, generation: int, *, is_held: bool = False) -> Seat:
-        """Start one more process."""
+        """Start one more process; raise UsageError where the proxy is stopping."""
+        if self.is_stopping:
+            raise UsageError("the proxy is stopping")
         self._numbers[generation] += 1
         seat = Seat(self, generation, self._numbers[generation], is_held=is_held)
         self.seats[seat.id] = seat
@@ -215,6 +238,13 @@ class Runner:
     def admin_states(self) -> dict[str, AdminState]:
         """Return what is wanted of each process that is ready, by id."""
         return self._routing.admin_states
+
+    def drain(self, seats: Sequence[Seat]) -> None:
+        """Send no new clients to processes; one that operators have taken out of service stays so."""
+        states = self._routing.admin_states
+        for seat in seats:
+            if states.get(seat.id) is AdminState.READY:
+                self._routing.set_admin_state(seat.id, AdminState.DRAIN)
 
     def close_pins(self, seats: Sequence[Seat]) -> None:
         """Let the clients of processes stay only while something of their session is open."""
@@ -344,6 +374,8 @@ class Runner:
             "generation": self.generation,
             "processes": self.processes,
             "numbers": dict(self._numbers),
+            "resize_to": self._resize_to,
+            "replaced": [[old.id, new.id] for old, new in self._replaced.items()],
             "seats": [seat.leave() for seat in self.seats.values()],
             "retirements": others,
             "retirement_of_deploy": None if of_deploy is None else of_deploy.leave(),
@@ -360,6 +392,10 @@ class Runner:
         for one in left["seats"]:
             seat = Seat.adopt(self, one)
             self.seats[seat.id] = seat
+        self._resize_to = left["resize_to"]
+        for old, new in left["replaced"]:
+            if old in self.seats and new in self.seats:
+                spawn(self._replace(self.seats[old], self.seats[new]), f"replace {old}")
         for one in left["retirements"]:
             spawn(self.retire(Retirement.adopt(self, one)), "retire app processes")
         if left["deploy"] is not None:

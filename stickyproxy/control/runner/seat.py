@@ -62,7 +62,8 @@ class Seat:
         self.first: asyncio.Future[str] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self._place: Place | None = None
-        self._ready_at = 0.0
+        self.ready_at = 0.0
+        """When the process became ready, by the clock of the loop; 0 while it is not."""
         self._is_stopping = False
         self._is_wanted = asyncio.Event()  # at once, whatever the back-off
         self._task: asyncio.Task[None] | None = None
@@ -106,10 +107,15 @@ class Seat:
         failures = 0
         try:
             while True:
-                self._ready_at = 0.0
-                reason = await (self._live() if adopted is None else self._watch(adopted))
+                try:
+                    reason = await (self._live() if adopted is None else self._watch(adopted))
+                except Exception as error:
+                    logger.exception("app process %s cannot be run", self.id)
+                    reason = f"it cannot be run: {error!r}"
+                    if self.process is not None:
+                        await self.process.stop()
                 adopted = None
-                has_served, lived_s = bool(self._ready_at), self._host.now - self._ready_at
+                has_served, lived_s = bool(self.ready_at), self._host.now - self.ready_at
                 self._leave_process()
                 if self._is_stopping:
                     return
@@ -128,7 +134,7 @@ class Seat:
         """Start a process and stay with it to its end; return how it ended, or why it never served."""
         host = self._host
         run = host.settings
-        self.state, self.is_unusable = "starting", False
+        self.state, self.is_unusable, self.ready_at = "starting", False, 0.0
         try:
             self._place = place = host.places.take(self.id, uses_socket=run.uses_socket)
             values = Values(self.id, self.generation, place.port, place.socket)
@@ -165,7 +171,7 @@ class Seat:
                 return f"it does not get ready: {error}"
             if self._is_stopping:
                 return await process.ended
-            self.state, self._ready_at = "ready", self._host.now
+            self.state, self.ready_at = "ready", self._host.now
             if not self.is_held:
                 self.serve()
             if not self.first.done():
@@ -178,6 +184,9 @@ class Seat:
         if not self._is_stopping:
             self._host.report_gone(self)
         self._former, self.process = self.process, None
+        self._release()
+
+    def _release(self) -> None:
         place, self._place = self._place, None
         if place is not None:
             place.release()
@@ -218,6 +227,7 @@ class Seat:
 
     def _end(self) -> None:
         self.state = "ended"
+        self._release()
         self._host.remove(self)
         if not self.first.done():
             self.first.set_result("it was stopped")
@@ -254,7 +264,7 @@ class Seat:
             seat._place = host.places.adopt(seat.id, left["place"])
             adopted = seat.process = AppProcess.adopt(left["process"], host.warden, host.on_line)
             if seat.state != "starting":
-                seat._ready_at = host.now
+                seat.ready_at = host.now
                 seat.first.set_result("")
         seat._task = spawn(seat._keep(adopted), f"app process {seat.id}")
         if seat.state == "stopping":

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.config import Run
 from stickyproxy.control.runner.care import _SHRINK_AFTER_S, Care
 from stickyproxy.control.runner.usage import Usage
@@ -22,10 +23,12 @@ class Seat:
     memory_bytes: int = 10 * MIB
     started_at: float = 0.0
     state: str = "ready"
+    ready_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.process = self
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 @dataclass
@@ -38,6 +41,10 @@ class Host:
     is_turning: bool = False
     replaced: list[str] = field(default_factory=list)
     scaled: list[int] = field(default_factory=list)
+    admin_states: dict[str, AdminState] = field(default_factory=dict)
+
+    def resize_if_due(self) -> None:
+        """Nothing is due."""
 
     @property
     def processes(self) -> int:
@@ -77,6 +84,9 @@ async def test_one_that_is_too_large_is_replaced_and_then_the_next() -> None:
     new.first.set_result("")
     host.serving = [seats[0], seats[2], new]
     care._look()
+    assert host.replaced == ["b"], "it drains"
+    seats[1].ended.set_result(None)
+    care._look()
     assert host.replaced == ["b", "c"]
 
 
@@ -88,6 +98,29 @@ async def test_one_whose_replacement_does_not_start_is_not_replaced_again_and_ag
     care._replaced[1].first.set_result("exit status 1")
     care._look()
     assert host.replaced == ["a"]
+    host.now += 61
+    care._look()
+    assert host.replaced == ["a", "a"]
+
+
+async def test_one_that_is_too_large_from_its_start_on_is_only_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Another one would be as large."""
+    host = Host(settings(max_memory="200MiB"), [Seat("a", memory_bytes=300 * MIB, ready_at=95.0)])
+    care = care_for(host)
+    for _ in range(3):
+        care._look()
+    assert host.replaced == []
+    assert caplog.text.count("less than the app needs") == 1
+    host.now += 10
+    care._look()
+    assert host.replaced == ["a"]
+
+
+async def test_one_that_operators_have_drained_does_not_keep_it_from_growing() -> None:
+    host = Host(settings(processes=ADAPTIVE), [Seat("a", 10), Seat("b", 10), Seat("c", 0)])
+    host.admin_states = {"c": AdminState.DRAIN}
+    care_for(host)._look()
+    assert host.scaled == [4]
 
 
 @pytest.mark.parametrize(("age_s", "is_replaced"), [(50.0, False), (61.0, True)])

@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import Sequence
 
-from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.control.runner.retirement import Retirement
 from stickyproxy.tasks import spawn
 from tests.helpers.supervised import until
@@ -34,8 +33,8 @@ class Host:
         self.noted: list[str] = []
         self.pace_per_s = 0.0
 
-    def set_state(self, seat: Seat, state: AdminState) -> None:
-        self.noted.append(f"{seat.id} {state}")
+    def drain(self, seats: Sequence[Seat]) -> None:
+        self.noted.extend(f"{seat.id} drain" for seat in seats)
 
     def is_empty(self, seat: Seat) -> bool:
         return not (seat.sessions or seat.tunnels)

@@ -83,6 +83,32 @@ async def test_a_deploy_takes_the_place_of_the_generation_before(tmp_path: Path)
         assert (await ask(port_of(supervisor), "/")).status == 200
 
 
+async def test_a_reload_during_a_deploy_takes_effect_after_it(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        deploy = runner.begin_deploy(AT_ONCE)
+        with pytest.raises(UsageError, match="restart it after that"):
+            runner.replace(runner.seats["g1-1"])
+        runner.apply(Run.model_validate({"command": command_of(tmp_path / "version"), "processes": 2}))
+        assert runner.processes == 1
+        await until(lambda: deploy.state == "ok")
+        await until(lambda: states(runner) == {"g2-1": "ready", "g2-2": "ready"})
+
+
+async def test_what_cannot_be_run_for_whatever_reason_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object, **__: object) -> None:
+                raise OSError("no descriptors are left")
+
+            patch.setattr(runner.places, "take", fail)
+            seat = runner.make(1)
+            await until(lambda: seat.restarts > 0)
+        await until(lambda: seat.state == "ready")
+
+
 async def test_one_that_dies_is_started_again_under_its_id(tmp_path: Path) -> None:
     async with running_app(tmp_path, 2) as (supervisor, runner):
         seat = runner.seats["g1-1"]
