@@ -70,7 +70,9 @@ class Balancer:
             await self._share(most, least, min(ahead // 2, _AT_ONCE))
 
     def _count(self) -> dict[WorkerLink, int]:
-        """Return how many connections each worker has that serves and does not hang."""
+        """Return how many connections each worker has that serves and does not hang; nothing where there is but one."""
+        if len(self._fleet.links) < 2:  # noqa: PLR2004 -- nobody to share with
+            return {}
         now_ns = time.monotonic_ns()
         planes = {link: link.table.read().plane for link in self._fleet.links if link.is_ready}
         return {

@@ -219,6 +219,9 @@ async def test_a_worker_that_is_leaving_shares_nothing(apps: Apps) -> None:
             await first.channel.request("share", {"count": 1})
         ours, theirs = socket.socketpair()
         with ours, theirs, stopped(second):
+            client = await PlainClient.connect(fleet.port)
+            client.send("/hold")  # it cannot move, and keeps the worker
+            await until(lambda: any(app.has_request.is_set() for app in apps))
             fleet.fleet.links.remove(first)
             first.is_leaving = True
             departing = spawn(first.channel.request("depart", {"grace_s": 60}, [theirs.fileno()]), "depart")
@@ -228,3 +231,5 @@ async def test_a_worker_that_is_leaving_shares_nothing(apps: Apps) -> None:
             departing.cancel()
             first.kill()
             await until(first.ended.done)
+            async with client:
+                pass

@@ -279,6 +279,7 @@ class Stub:
         self.config = load().config
         self.is_handing_over = False
         self.is_stopping = False
+        self.runner: SimpleNamespace | None = None
         self.freed = 0
         self.left: list[object] = []
 
@@ -359,6 +360,14 @@ async def test_who_is_stopped_is_not_upgraded(stub: Stub, caplog: pytest.LogCapt
     assert (upgrader.status["state"], upgrader.status["reason"]) == ("failed", "the proxy is stopping")
     assert (stub.left, stub.freed, upgrader.outcomes["failed"]) == ([], 2, 2)
     assert caplog.messages.count(f"cannot upgrade, version {__version__} goes on: the proxy is stopping") == 2
+
+
+async def test_while_a_deploy_is_not_decided_there_is_no_upgrade(stub: Stub) -> None:
+    upgrader = make(stub)
+    stub.runner = SimpleNamespace(is_turning=True)
+    with pytest.raises(UsageError, match="a deploy is under way"):
+        await upgrader.upgrade()
+    assert upgrader.status == {}
 
 
 async def test_while_another_proxy_takes_over_there_is_no_upgrade(stub: Stub) -> None:
