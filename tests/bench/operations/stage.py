@@ -177,7 +177,9 @@ class Stage:
         configuration = yaml.safe_load(self.proxy.file.read_text())
         names = (*APPS, SPARE) if has_spare else APPS
         configuration["upstreams"] = [{"id": name, "url": f"http://127.0.0.1:{self._ports[name]}"} for name in names]
-        text = yaml.safe_dump({**configuration, **changes}, sort_keys=False)
+        for section, keys in changes.items():  # other keys of a section stay, such as the secrets
+            configuration[section] = {**configuration.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        text = yaml.safe_dump(configuration, sort_keys=False)
         new = self.proxy.file.with_suffix(".new")
         new.write_text(text)
         new.replace(self.proxy.file)
