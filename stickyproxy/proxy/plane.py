@@ -186,8 +186,8 @@ class Plane:
         return pool.strangers + pool.placed + pool.placed_before + self.sessions.count_unreported(pool.digest)
 
     def show_load(self, pool: Pool) -> None:
-        """Let other workers see at once how many clients an upstream has here."""
-        if self._place is not None:
+        """Let other workers, where there are any, see at once how many clients an upstream has here."""
+        if self._place is not None and self.snapshot.rules.is_shared:
             self._place.write(pool.digest, self._beyond(pool))
 
     def new_client_id(self) -> bytes:

@@ -29,8 +29,7 @@ class Pool:
 
     `strangers` counts exchanges and tunnels under way that belong to no session; `placed` and `placed_before` the
     clients placed here whose first exchange ended in this window of 5 s and the one before: they have no session yet,
-    but will. `authority`
-    stands for a missing Host.
+    but will. `authority` stands for a missing Host.
     """
 
     __slots__ = (
