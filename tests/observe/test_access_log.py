@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from stickyproxy import config
 from stickyproxy.errors import UsageError
-from stickyproxy.observe import access_log
+from stickyproxy.observe import access_log, sink
 from stickyproxy.observe.access_log import FIELD_BYTES, AccessLog, format_combined, format_json
 from stickyproxy.observe.record import Record
 
@@ -224,7 +224,7 @@ def test_lines_appear_while_it_runs_in_the_format_of_the_file(
 def test_the_file_is_opened_anew_when_it_was_moved_or_removed(
     tmp_path: Path, make_log: Callable[..., AccessLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_log, "_REOPEN_S", 0.0)
+    monkeypatch.setattr(sink, "_REOPEN_S", 0.0)
     path = tmp_path / "access.log"
     log = make_log(path)
     log.start()
@@ -243,7 +243,7 @@ def test_the_file_is_opened_anew_when_it_was_moved_or_removed(
 def test_a_file_that_is_in_place_is_not_opened_anew(
     tmp_path: Path, make_log: Callable[..., AccessLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_log, "_REOPEN_S", 0.0)
+    monkeypatch.setattr(sink, "_REOPEN_S", 0.0)
     path = tmp_path / "access.log"
     log = make_log(path)
     log.start()
@@ -276,9 +276,9 @@ def test_a_pipe_that_nobody_reads_drops_lines_and_never_blocks(
 ) -> None:
     monkeypatch.setattr(access_log, "QUEUE_RECORDS", 5000)
     reader, writer = os.pipe()
-    monkeypatch.setattr(access_log, "_STDOUT", writer)
+    monkeypatch.setattr(sink, "STDOUT", writer)
     monkeypatch.setattr(access_log, "_FLUSH_S", 0.1)
-    monkeypatch.setattr(access_log, "_STUCK_S", 0.1)
+    monkeypatch.setattr(sink, "_STUCK_S", 0.1)
     log = make_log("-")
     log.start()
     for record in targets(1000):  # some 300 KB: more than a pipe holds
@@ -305,7 +305,7 @@ def test_a_pipe_that_is_read_again_gets_all_that_was_not_dropped(
     monkeypatch: pytest.MonkeyPatch, make_log: Callable[..., AccessLog]
 ) -> None:
     reader, writer = os.pipe()
-    monkeypatch.setattr(access_log, "_STDOUT", writer)
+    monkeypatch.setattr(sink, "STDOUT", writer)
     log = make_log("-")
     log.start()
     for record in targets(2000):  # some 600 KB: more than a pipe holds
@@ -325,7 +325,7 @@ def test_a_reader_that_has_gone_costs_only_lines(
     monkeypatch: pytest.MonkeyPatch, make_log: Callable[..., AccessLog], caplog: pytest.LogCaptureFixture
 ) -> None:
     reader, writer = os.pipe()
-    monkeypatch.setattr(access_log, "_STDOUT", writer)
+    monkeypatch.setattr(sink, "STDOUT", writer)
     os.close(reader)
     log = make_log("-")
     log.start()

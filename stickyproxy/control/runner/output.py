@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import select
-import threading
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Final
+
+from stickyproxy.observe.sink import Sink, WriterThread
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -22,13 +22,8 @@ logger = logging.getLogger(__name__)
 
 QUEUE_LINES: Final = 20_000
 QUEUE_CHARACTERS: Final = 4 << 20  # a line may have 8 KiB: so many would be 160 MB
-_CHUNK_BYTES: Final = select.PIPE_BUF  # what is written at once to a pipe is not mixed with what others write to it
-# The thread gathers this long after the first line: were it woken for each, it would take turns with the loop.
 _GATHER_S: Final = 0.05
 _FLUSH_S: Final = 1.0  # how long `close` waits for what is queued
-_MARGIN_S: Final = 0.5
-_LOOK_S: Final = 0.2  # between two looks, while nobody reads, at whether it is being closed
-_PAUSE_S: Final = 0.01  # after a write that took nothing, though it was to
 _TOLD_S: Final = 10.0  # between two log lines that tell of dropped ones
 
 _NONE: Final = -1  # no descriptor: nothing is queued then
@@ -56,71 +51,52 @@ class Output:
         self._queued_characters = 0  # written by the event loop, as the next
         self._overflowed = 0
         self._taken_characters = 0  # written by the thread, as all that follow
-        self._lost = 0
         self._told = 0
         self._tell_at = 0.0
-        self._is_mid_line = False
-        self._is_failing = False
-        self._give_up_at = float("inf")
-        self._has_lines = threading.Event()
-        self._is_closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._sink = Sink("the output of app processes", descriptor=self._descriptor)
+        self._thread = WriterThread("output of app processes", self._write_queued, _GATHER_S)
 
     @property
     def dropped(self) -> int:
         """Return how many lines were not written whole."""
-        return self._overflowed + self._lost
+        return self._overflowed + self._sink.lost
 
     def write(self, upstream_id: str, line: str) -> None:
         """Queue a line, which has no line end; never waits. Dropped, and counted, where the queue is full."""
         waiting = self._queued_characters - self._taken_characters
         is_full = len(self._queue) >= QUEUE_LINES or waiting >= QUEUE_CHARACTERS
-        if is_full or self._is_closing.is_set() or self._descriptor == _NONE:
+        if is_full or self._thread.is_closing or self._descriptor == _NONE:
             self._overflowed += 1
             return
         self._queued_characters += len(line)
         self._queue.append((upstream_id, line))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="output of app processes", daemon=True)
+        if not self._thread.has_started:
             self._thread.start()
-        if not self._has_lines.is_set():
-            self._has_lines.set()
+        self._thread.wake()
 
     def close(self) -> None:
         """Write what is queued, for at most 1 s, and end; what is left then is dropped. The stream stays open."""
-        if self._is_closing.is_set():
+        if self._thread.is_closing:
             return
-        self._give_up_at = monotonic() + _FLUSH_S
-        self._is_closing.set()
-        self._has_lines.set()
-        if self._thread is not None:
-            # A little longer than the thread needs by itself; a write that hangs all the same is left behind.
-            self._thread.join(_FLUSH_S + _MARGIN_S)
+        self._sink.give_up_at = monotonic() + _FLUSH_S
+        self._thread.close(_FLUSH_S)
         self._overflowed += len(self._queue)
 
     # All that follows is done by the thread
 
-    def _run(self) -> None:
-        while not self._is_closing.is_set():
-            self._has_lines.wait()
-            self._is_closing.wait(_GATHER_S)
-            self._has_lines.clear()
-            self._write_queued()
-        self._write_queued()
-
     def _write_queued(self) -> None:
-        while self._queue and monotonic() < self._give_up_at:
-            self._write_chunk(self._take_chunk())
+        while self._queue and monotonic() < self._sink.give_up_at:
+            self._sink.write(self._take_chunk())
         self._tell_dropped()
 
     def _take_chunk(self) -> list[bytes]:
         """Return some lines that are written at once, or a longer one."""
         lines: list[bytes] = []
         size_bytes = 0
-        while self._queue and size_bytes < _CHUNK_BYTES:
+        while self._queue and size_bytes < self._sink.chunk_bytes:
             upstream_id, line = self._queue[0]
             text = self._format(upstream_id, line).encode(self._encoding, "backslashreplace")
-            if lines and size_bytes + len(text) > _CHUNK_BYTES:
+            if lines and size_bytes + len(text) > self._sink.chunk_bytes:
                 break
             self._queue.popleft()
             self._taken_characters += len(line)
@@ -137,47 +113,10 @@ class Output:
         end = _RESET if _ESCAPE in line else ""
         return f"{_ESCAPE}[{_colour_of(upstream_id)}m{name}{_RESET} {line}{end}\n"
 
-    def _write_chunk(self, lines: list[bytes]) -> None:
-        text = b"".join(lines)
-        if self._is_mid_line:  # a line was cut off by an error: do not go on in it
-            text = b"\n" + text
-        rest = memoryview(text)
-        try:
-            while rest and self._wait_until_writable():
-                rest = rest[self._write_some(rest) :]
-        except OSError as error:
-            self._note_failure((error.strerror or str(error)).lower())
-        else:
-            self._note_failure(None)
-        if len(rest) < len(text):
-            self._is_mid_line = text[len(text) - len(rest) - 1] != ord("\n")
-        self._lost += min(len(lines), bytes(rest).count(b"\n"))
-
-    def _wait_until_writable(self) -> bool:
-        """Wait until a write of PIPE_BUF bytes would not block; False where the time is over."""
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLOUT)
-        while not poll.poll(max(0.0, min(_LOOK_S, self._give_up_at - monotonic())) * 1000):
-            if monotonic() >= self._give_up_at:
-                return False
-        return True
-
-    def _write_some(self, rest: memoryview) -> int:
-        try:
-            return os.write(self._descriptor, rest[:_CHUNK_BYTES])
-        except BlockingIOError:
-            self._is_closing.wait(_PAUSE_S)
-            return 0
-
-    def _note_failure(self, reason: str | None) -> None:
-        if reason is not None and not self._is_failing:
-            logger.error("cannot write the output of app processes: %s", reason)
-        self._is_failing = reason is not None
-
     def _tell_dropped(self) -> None:
         """Log how many lines were dropped, once those that were not are written."""
         now = monotonic()
-        if self.dropped > self._told and not self._is_failing and now >= self._tell_at:
+        if self.dropped > self._told and not self._sink.is_failing and now >= self._tell_at:
             logger.warning(
                 "%d lines of app processes were dropped: nobody read them in time", self.dropped - self._told
             )

@@ -337,7 +337,7 @@ def test_what_is_left_when_the_time_is_over_is_dropped(monkeypatch: pytest.Monke
         for _ in range(10):
             output.write("g1-1", "x")
         output.close()
-        wait_for(lambda: not output._thread or not output._thread.is_alive())
+        wait_for(lambda: not output._thread.is_alive)
         stream.close()
         assert reader.join() == ""
         assert output.dropped == 10
