@@ -179,6 +179,11 @@ class Config(Section):
     )
     reload_on_change: Flag = Field(default=False, description="Whether the file is read again when it changes.")
 
+    @property
+    def has_upstreams(self) -> bool:
+        """Whether there is anything to serve: upstreams that are listed, or an app to run."""
+        return bool(self.upstreams) or self.run is not None
+
     @model_validator(mode="after")
     def _check_sections_together(self) -> Self:
         if mistakes := [*self._find_untrusted(), *self.find_conflicts()]:

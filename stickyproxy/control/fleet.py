@@ -85,7 +85,7 @@ class Fleet:
         self.board = Board.create()
         self.next_board: Board | None = None
         """That of the successors."""
-        self._lost_at = -math.inf
+        self._lost_at = -math.inf  # when a worker that served has died
         self.moving = asyncio.Lock()
         """Held while connections move between workers: one that takes some over cannot leave."""
         self._slots: dict[str, int] = {}
@@ -241,8 +241,7 @@ class Fleet:
         await self._accept_adopted()
         counts: Counter[str] = Counter()
         for number, old in enumerate(tuple(self.leaving)):
-            async with self.moving:
-                counts += await self._hand_over(old, number, grace_s)
+            counts += await self._hand_over(old, number, grace_s)
         return dict(counts)
 
     async def _accept_adopted(self) -> None:
@@ -288,7 +287,8 @@ class Fleet:
         return Counter() if was_leaving else Counter(failed=1)
 
     async def _depart(self, old: WorkerLink, descriptors: Sequence[int], grace_s: float) -> dict[str, int]:
-        answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=HAND_OVER_S)
+        async with self.moving:
+            answer = await old.channel.request("depart", {"grace_s": grace_s}, descriptors, timeout_s=HAND_OVER_S)
         moved = {f"moved_{kind}": count for kind, count in answer.body.get("moved", {}).items()}
         return moved | {f"left_{kind}": count for kind, count in answer.body.get("left", {}).items()}
 
@@ -298,8 +298,7 @@ class Fleet:
         self.leaving.append(link)
         link.is_leaving = True
         try:
-            async with self.moving:
-                return await self._depart(link, descriptors, grace_s)
+            return await self._depart(link, descriptors, grace_s)
         except ChannelError:
             if not link.ended.done():
                 self.leaving.remove(link)
@@ -328,8 +327,7 @@ class Fleet:
                 continue
             old = self.links.pop()
             self.leaving.append(old)
-            async with self.moving:
-                await self._hand_over(old, 0, grace_s)
+            await self._hand_over(old, 0, grace_s)
 
     async def _start_serving(self, index: int) -> WorkerLink:
         """Start one more worker, and let it accept; raise ChannelError or OSError, with nothing left of it."""

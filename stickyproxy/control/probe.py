@@ -209,8 +209,7 @@ class Watch:
         return "passed", "", False
 
     async def end(self) -> None:
-        """Probe no more, and close the connections of the probe."""
-        self.task.cancel()
+        """Close the connections of the probe, once the task that was cancelled has ended."""
         await asyncio.wait((self.task,))
         await self._way.close()
 

@@ -157,8 +157,7 @@ class Readings:
         idle_s = supervisor.config.affinity.session_idle_s
         if supervisor.fleet.registry.count(digest) or not supervisor.fleet.knows_sessions(idle_s):
             return False
-        counters = self._read_live().upstream(digest)
-        return not (supervisor.fleet.registry.count(digest) or counters.tunnels_open or counters.in_flight)
+        return self.is_idle(upstream_id)
 
     def is_any_alive(self) -> bool:
         """Say whether the loop of any worker has ticked lately; before the first tick of all, yes.

@@ -93,7 +93,7 @@ class Reloader:
         lacking = find_unreloadable(before.config, loaded.config)
         if lacking:
             raise UsageError("\n".join(map(str, lacking)))
-        if not loaded.config.upstreams and loaded.config.run is None:
+        if not loaded.config.has_upstreams:
             raise UsageError("no upstreams: the proxy would serve nobody")
         contexts = await asyncio.to_thread(_check, before.config, loaded.config)
         await supervisor.apply(loaded, contexts)

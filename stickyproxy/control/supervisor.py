@@ -60,7 +60,7 @@ class Supervisor:
     def __init__(
         self, loaded: Loaded, inherited: Inheritance | None = None, predecessor: Predecessor | None = None
     ) -> None:
-        if not loaded.config.upstreams and loaded.config.run is None:
+        if not loaded.config.has_upstreams:
             raise UsageError("no upstreams: name them in the file or as URLs, or the command of an app to run")
         self.loaded = loaded
         self._inherited = inherited
@@ -182,6 +182,9 @@ class Supervisor:
         bound = self.sockets.choose(one.address for one in config.listeners)
         self.fleet = Fleet(Orders(self.loaded, self.signing, bound, count_workers(config)), self._on_report)
         stack.push_async_callback(self.fleet.close)
+        if config.run is not None:
+            self.runner = Runner(self, config.run, runtime_directory())
+            stack.push_async_callback(self._stop_runner, self.runner)
         self.routing = Routing(config, self.fleet.publish, upstream_contexts)
         if inherited is not None:
             self.fleet.adopt(inherited)
@@ -202,7 +205,7 @@ class Supervisor:
         self.prober.start()
         stack.push_async_callback(self._stop_admin)
         await self._start_admin()
-        await self._start_runner(stack)
+        await self._start_runner()
         if inherited is None:
             await self.fleet.accept()
         if self._predecessor is not None:
@@ -212,13 +215,10 @@ class Supervisor:
             await self.upgrader.take_over()
         self._start_looking(stack)
 
-    async def _start_runner(self, stack: AsyncExitStack) -> None:
-        """Start the app processes, where the configuration asks for them, and wait for the first to be ready."""
-        run = self.config.run
-        if run is None:
+    async def _start_runner(self) -> None:
+        """Start the app processes, where there are any, and wait for the first to be ready."""
+        if self.runner is None:
             return
-        self.runner = Runner(self, run, runtime_directory())
-        stack.push_async_callback(self._stop_runner, self.runner)
         if self._inherited is None:
             await self.runner.start(self._stop)
             await self.fleet.published()  # who has waited at the listener must find it
@@ -227,7 +227,6 @@ class Supervisor:
 
     async def _stop_runner(self, runner: Runner) -> None:
         """End the app processes; at once after a second signal."""
-        await self._stop_watching()  # nobody need be told that they are gone
         at_once = spawn(self._stop_now.wait(), "second signal")
         at_once.add_done_callback(lambda task: None if task.cancelled() else runner.kill())
         await runner.stop()

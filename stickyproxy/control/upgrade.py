@@ -181,8 +181,7 @@ def program_command() -> list[str]:
 
 def check(inheritance: Inheritance) -> dict[str, Any]:
     """Return what the old version must know of this one, which has been able to read its state."""
-    config = inheritance.loaded.config
-    if not config.upstreams and config.run is None:
+    if not inheritance.loaded.config.has_upstreams:
         raise UsageError("no upstreams in the configuration as this version reads it")
     program = Program.own()
     return {

@@ -117,6 +117,11 @@ class Tunnel:
         return self._plane.crowd
 
     @property
+    def session(self) -> Session | None:
+        """Return the session that it holds, None where its client has none."""
+        return self._session
+
+    @property
     def pool(self) -> Pool:
         """Return the pool of the upstream that holds the tunnel."""
         return self._pool

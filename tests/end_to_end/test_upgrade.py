@@ -265,7 +265,7 @@ BROKEN = {
     "syntax": ("cli/__init__.py", None, "\n\ndef broken(:\n", "SyntaxError: invalid syntax"),
     "check": (
         "control/upgrade.py",
-        "    if not config.upstreams and config.run is None:\n        raise UsageError(",
+        "    if not inheritance.loaded.config.has_upstreams:\n        raise UsageError(",
         "    if True:\n        raise UsageError('it wants more') or (",
         "the new version cannot start: stickyproxy: it wants more",
     ),

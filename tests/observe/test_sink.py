@@ -45,7 +45,11 @@ def test_a_thread_that_gathers_writes_once_for_many() -> None:
 
 def test_a_write_that_hangs_is_left_behind() -> None:
     may_end = threading.Event()
-    thread = WriterThread(NAME, lambda: None if may_end.wait(DEADLINE_S) else None, gather_s=0.0)
+
+    def hang() -> None:
+        may_end.wait(DEADLINE_S)
+
+    thread = WriterThread(NAME, hang, gather_s=0.0)
     thread.start()
     thread.wake()
     thread.close(0.0)

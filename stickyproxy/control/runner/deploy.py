@@ -112,8 +112,7 @@ class Deploy:
             logger.exception("the deploy crashed")
             await self._take_back(DeployError(f"the deploy crashed: {error!r}"))
             return
-        old = self._old
-        await self.finish(Retirement(host, old, self.options.drain_timeout_s, self.options.pace_per_s))
+        await self.finish(host.make_retirement(self._old, self.options.drain_timeout_s, self.options.pace_per_s))
 
     @property
     def _old(self) -> tuple[Seat, ...]:

@@ -119,16 +119,16 @@ class Runner:
         """Work by other settings: the processes that start from now on do."""
         before, self.settings = self.settings, run
         self.places.ports = run.ports
-        if run.processes != before.processes:
-            self._resize_to = min(max(self.processes, run.processes.min), run.processes.max)
+        wanted = min(max(self.processes, run.processes.min), run.processes.max)
+        if run.processes != before.processes and wanted != self.processes:
+            self._resize_to = wanted
             self.resize_if_due()
 
     def resize_if_due(self) -> None:
         """Have as many processes as the settings say, where that had to wait for a deploy or an upgrade."""
-        if self._resize_to is not None and self._resize_to != self.processes:
+        if self._resize_to is not None:
             with suppress(UsageError):  # not yet
                 self.scale(self._resize_to)
-                self._resize_to = None
 
     # What operators ask for
 
@@ -148,6 +148,7 @@ class Runner:
             raise UsageError("a deploy is under way: scale after it")
         self._check_free()
         before, self.processes = self.processes, processes
+        self._resize_to = None  # what was said last counts
         logger.info("scaling from %d to %d processes", before, processes)
         serving = self.serving
         for _ in range(processes - len(serving)):
@@ -164,23 +165,27 @@ class Runner:
         self._check_free()
         if self.is_turning:
             raise UsageError("a deploy is under way: restart it after that")
-        if seat not in self.serving:
+        if seat not in self.serving or seat in self._replaced:
             raise UsageError(f"{seat.id} is about to end, or does not serve yet")
         new = self.make(seat.generation)
-        spawn(self._replace(seat, new), f"replace {seat.id}")
+        self._replace_soon(seat, new)
         return new
 
-    async def _replace(self, seat: Seat, new: Seat) -> None:
+    def _replace_soon(self, seat: Seat, new: Seat) -> None:
         self._replaced[seat] = new
-        try:
-            reason = await asyncio.shield(new.first)
-        finally:
-            del self._replaced[seat]
-        if reason:
+        spawn(self._replace(seat, new), f"replace {seat.id}")
+
+    async def _replace(self, seat: Seat, new: Seat) -> None:
+        reason = await asyncio.shield(new.first)
+        del self._replaced[seat]
+        if not reason:
+            await self.retire(self._make_retirement([seat]))
+        elif not (self.is_stopping or self._is_retired(new)):
             logger.error("app process %s stays: %s, its replacement, does not start: %s", seat.id, new.id, reason)
             await new.stop()
-        elif not seat.ended.done():
-            await self.retire(self._make_retirement([seat]))
+
+    def _is_retired(self, seat: Seat) -> bool:
+        return any(seat in one.seats for one in self._retirements)
 
     def _check_free(self) -> None:
         if self.is_stopping or self._supervisor.is_stopping:
@@ -196,11 +201,11 @@ class Runner:
 
         Of one that is being replaced and its replacement, only the former is among them until it is retired.
         """
-        retired = {seat for one in self._retirements for seat in one.seats} | set(self._replaced.values())
+        starting = set(self._replaced.values())
         return tuple(
             seat
             for seat in self.seats.values()
-            if seat not in retired and not seat.is_held and seat.state not in {"stopping", "ended"}
+            if not (seat.is_held or seat in starting or self._is_retired(seat) or seat.state in {"stopping", "ended"})
         )
 
     def make(self, generation: int, *, is_held: bool = False) -> Seat:
@@ -263,7 +268,12 @@ class Runner:
         spawn(self.retire(self._make_retirement(seats)), "retire app processes")
 
     def _make_retirement(self, seats: Sequence[Seat]) -> Retirement:
-        retirement = Retirement(self, seats, self.settings.drain_timeout_s, self.settings.pace_per_s)
+        return self.make_retirement(seats, self.settings.drain_timeout_s, self.settings.pace_per_s)
+
+    def make_retirement(self, seats: Sequence[Seat], drain_timeout_s: float | None, pace_per_s: float) -> Retirement:
+        """Return the retirement of seats, and of those that are about to replace them."""
+        replacements = [self._replaced[seat] for seat in seats if seat in self._replaced]
+        retirement = Retirement(self, [*seats, *replacements], drain_timeout_s, pace_per_s)
         self._retirements.add(retirement)
         return retirement
 
@@ -395,7 +405,7 @@ class Runner:
         self._resize_to = left["resize_to"]
         for old, new in left["replaced"]:
             if old in self.seats and new in self.seats:
-                spawn(self._replace(self.seats[old], self.seats[new]), f"replace {old}")
+                self._replace_soon(self.seats[old], self.seats[new])
         for one in left["retirements"]:
             spawn(self.retire(Retirement.adopt(self, one)), "retire app processes")
         if left["deploy"] is not None:

@@ -85,6 +85,8 @@ class Seat:
             self._task.cancel()
         if self._task is not None:
             await asyncio.wait((self._task,))
+        if not self.ended.done():  # a task that is cancelled before its first step does nothing
+            self._end()
 
     def kill(self) -> None:
         """End the process at once, also one that is about to be the app."""

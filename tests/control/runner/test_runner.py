@@ -83,6 +83,55 @@ async def test_a_deploy_takes_the_place_of_the_generation_before(tmp_path: Path)
         assert (await ask(port_of(supervisor), "/")).status == 200
 
 
+async def test_one_is_replaced_once(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        (tmp_path / "version").write_text("silent")
+        seat = runner.seats["g1-1"]
+        new = runner.replace(seat)
+        with pytest.raises(UsageError, match="about to end"):
+            runner.replace(seat)
+        with pytest.raises(UsageError, match="about to end"):
+            runner.replace(new)
+        assert runner.serving == (seat,)
+        await new.stop()
+        await until(lambda: not runner._replaced)
+        assert runner.serving == (seat,)
+
+
+async def test_scaling_down_counts_a_replacement_and_what_it_replaces_as_one(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 2) as (_, runner):
+        await until(lambda: states(runner) == {"g1-1": "ready", "g1-2": "ready"})
+        runner.replace(runner.seats["g1-2"])
+        runner.scale(1)  # the last one is retired first
+        await until(lambda: states(runner) == {"g1-1": "ready"})
+        assert runner._replaced == {}
+
+
+async def test_a_deploy_leaves_no_replacement_of_the_generation_before(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        (tmp_path / "version").write_text("silent")  # so that the replacement does not get ready
+        runner.replace(runner.seats["g1-1"])
+        await until(lambda: runner.seats["g1-2"].process is not None)
+        (tmp_path / "version").write_text("2")
+        deploy = runner.begin_deploy(AT_ONCE)
+        await until(lambda: deploy.state == "ok")
+        assert states(runner) == {"g2-1": "ready"}
+        assert runner._replaced == {}
+
+
+async def test_what_is_said_last_of_their_number_counts(tmp_path: Path) -> None:
+    """A reload that changes nothing by itself does not undo later what an operator asks for."""
+    async with running_app(tmp_path, 2) as (_, runner):
+        runner.apply(
+            Run.model_validate({"command": command_of(tmp_path / "version"), "processes": {"min": 1, "max": 4}})
+        )
+        assert runner.processes == 2
+        runner.scale(3)
+        runner.resize_if_due()
+        assert runner.processes == 3
+        await until(lambda: list(states(runner).values()) == ["ready"] * 3)
+
+
 async def test_a_reload_during_a_deploy_takes_effect_after_it(tmp_path: Path) -> None:
     async with running_app(tmp_path, 1) as (_, runner):
         deploy = runner.begin_deploy(AT_ONCE)
