@@ -254,6 +254,7 @@ async def wait_until_gone(proxy: Proxy, upstream_id: str) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while upstream_id in await read_state(proxy.admin):  # noqa: ASYNC110 -- it is looked at from outside
             await asyncio.sleep(0.05)
+        await proxy.supervisor.fleet.published()  # the workers know it a moment after the state says it
 
 
 async def test_an_upstream_that_is_removed_and_dead_is_gone_at_once(proxy: Proxy) -> None:
