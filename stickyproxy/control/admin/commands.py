@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
 from stickyproxy.config import MAX_PROCESSES
+from stickyproxy.control.admin.body import read_body
 from stickyproxy.control.runner.deploy import DeployOptions
 from stickyproxy.errors import UsageError
 
@@ -112,17 +112,6 @@ class Commands:
     async def _show_log(self, request: web.Request) -> web.Response:
         seat = self._seat(request)
         return web.json_response({"lines": seat.last_lines, "written": seat.written})
-
-
-def read_body(body: bytes, keys: set[str]) -> dict[str, Any]:
-    """Return the object of a body with no other keys than these; {} for an empty one. Raises HTTPBadRequest."""
-    try:
-        parsed = json.loads(body) if body else {}
-    except (ValueError, RecursionError):
-        raise web.HTTPBadRequest(text="the body is no JSON") from None
-    if not isinstance(parsed, dict) or parsed.keys() - keys:
-        raise web.HTTPBadRequest(text=f"expected an object with some of the keys {', '.join(sorted(keys))}")
-    return parsed
 
 
 def read_deploy_options(body: bytes, settings: Run) -> DeployOptions:

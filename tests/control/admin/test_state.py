@@ -115,13 +115,10 @@ async def test_parameters_of_the_content_type_do_not_matter(client: Client) -> N
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        (b"", "the body is no JSON"),
         (b"drain", "the body is no JSON"),
-        (b"\xff", "the body is no JSON"),
-        (b"[" * 4000, "the body is no JSON"),
-        (b'"drain"', 'expected a body such as {"state": "drain"}'),
-        (b"{}", 'expected a body such as {"state": "drain"}'),
-        (b'{"state": "drain", "more": 1}', 'expected a body such as {"state": "drain"}'),
+        (b'{"state": "drain", "more": 1}', "expected an object with no other keys than state"),
+        (b"", "expected one of the states ready, drain, maint"),
+        (b"{}", "expected one of the states ready, drain, maint"),
         (b'{"state": "off"}', "expected one of the states ready, drain, maint"),
         (b'{"state": null}', "expected one of the states ready, drain, maint"),
         (b'{"state": ["drain"]}', "expected one of the states ready, drain, maint"),
