@@ -118,7 +118,9 @@ async def test_new_clients_spread(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["stickyproxy=rubbish", "stickyproxy=", cookie_for("app-1", codec=TokenCodec([b"other"]))]
+    "bad",
+    ["stickyproxy=rubbish", "stickyproxy=", cookie_for("app-1", codec=TokenCodec([b"other"]))],
+    ids=["rubbish", "empty", "of another secret"],
 )
 async def test_an_invalid_token_counts_as_none(proxy: PlaneUnderTest, bad: str) -> None:
     _, got, response = await visit(proxy, bad)
