@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise_file_limit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
     cores = choose_cores(os.sched_getaffinity(0))
-    facts = gather_facts(held=held(cores), rounds=options.rounds, seconds=options.seconds, versions=versions)
+    facts = gather_facts(versions, held=held(cores), rounds=options.rounds, seconds=options.seconds)
     rows = []
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, Children(Path(folder)) as children:

@@ -1,4 +1,4 @@
-"""What a process costs: CPU time and memory of its whole tree, read from /proc; and the core that it is held to.
+"""What processes cost: CPU time and memory, of a tree or a session, read from /proc; and the core they are held to.
 
 CPU time is read from `schedstat` (nanoseconds) and not from `stat`, whose ticks of 10 ms are too coarse for one run.
 """
@@ -11,6 +11,8 @@ import resource
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from tests.helpers.proc import descriptors, session_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,13 +84,45 @@ def cpu_s(pid: int) -> float:
     return total_s
 
 
+def own_pss_kib(pid: int) -> int:
+    """Return the memory (KiB) of one process, and its part of the pages that it shares; 0 where it has ended."""
+    with suppress(OSError):
+        return parse_pss_kib((_PROC / str(pid) / "smaps_rollup").read_text())
+    return 0
+
+
 def pss_kib(pid: int) -> int:
     """Return the memory (KiB) of a process and its descendants; pages that they share are counted once."""
-    total_kib = 0
-    for one in process_tree(pid):
-        with suppress(OSError):
-            total_kib += parse_pss_kib((_PROC / str(one) / "smaps_rollup").read_text())
-    return total_kib
+    return sum(map(own_pss_kib, process_tree(pid)))
+
+
+class Footprint(NamedTuple):
+    """What the processes of a session hold."""
+
+    processes: int
+    pss_kib: int
+    descriptors: int
+
+
+def footprint(pid: int) -> Footprint:
+    """Return what all processes of the session hold that `pid` leads or led."""
+    processes = session_of(pid)
+    held = 0
+    for one in processes:
+        with suppress(OSError):  # it ended meanwhile
+            held += descriptors(one)
+    return Footprint(len(processes), sum(map(own_pss_kib, processes)), held)
+
+
+def parse_busy_s(text: str) -> float:
+    """Return the seconds in which the cores of the machine did something, of the text of /proc/stat."""
+    user, nice, system, _, _, interrupts, soft_interrupts = map(int, text.split(maxsplit=8)[1:8])
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_s() -> float:
+    """Return the seconds in which the cores of this machine did something since it runs."""
+    return parse_busy_s((_PROC / "stat").read_text())
 
 
 def _tasks(pid: int) -> list[Path]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.bench.results import BASE, Row, ratio_to_base
+from tests.bench.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 COLUMNS = ("scenario", "target", "figure", "unit", f"x {BASE}", "per s", "p50 us", "p99 us", "errors", "rounds")
-_LEFT_COLUMNS = ("scenario", "target", "unit")
+_LEFT = (0, 1, 3)  # scenario, target, unit
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Facts:
     versions: Mapping[str, str]
 
 
-def gather_facts(*, held: str, rounds: int, seconds: float, versions: Mapping[str, str]) -> Facts:
-    """Return the facts of this machine and run, as of now."""
+def gather_facts(versions: Mapping[str, str], *, held: str = "", rounds: int = 0, seconds: float = 0.0) -> Facts:
+    """Return the facts of this machine and run, as of now; how it was measured only where that is in rounds."""
     return Facts(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         cpu=cpu_model(Path("/proc/cpuinfo").read_text()),
@@ -63,7 +64,7 @@ def describe(facts: Facts) -> list[str]:
         f"date: {facts.date}",
         f"machine: {facts.cpu}, {facts.cores} cores, Linux {facts.kernel}, Python {facts.python}",
         f"load average before the run: {facts.load_average:g} (other work makes the figures worthless)",
-        f"method: median of {facts.rounds} rounds of {facts.seconds:g} s; {facts.held}",
+        *([f"method: median of {facts.rounds} rounds of {facts.seconds:g} s; {facts.held}"] if facts.rounds else []),
         *(f"{name}: {version}" for name, version in facts.versions.items()),
     ]
 
@@ -85,23 +86,13 @@ def cells(row: Row, rows: Iterable[Row]) -> list[str]:
 
 def terminal(rows: Sequence[Row], facts: Facts) -> str:
     """Return the report for a terminal: facts, aligned table, failures."""
-    table = [list(COLUMNS), *(cells(row, rows) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if name in _LEFT_COLUMNS else cell.rjust(width)
-            for cell, width, name in zip(line, widths, COLUMNS, strict=True)
-        ).rstrip()
-        for line in table
-    ]
+    lines = write_table([COLUMNS, *(cells(row, rows) for row in rows)], _LEFT, is_markdown=False)
     return "\n".join([*describe(facts), "", *lines, *_failures(rows, "")])
 
 
 def markdown(rows: Sequence[Row], facts: Facts) -> str:
     """Return the report as Markdown: facts as a list, a table, failures as code."""
-    rule = ["---" if name in _LEFT_COLUMNS else "---:" for name in COLUMNS]
-    table = [list(COLUMNS), rule, *(cells(row, rows) for row in rows)]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
+    lines = write_table([COLUMNS, *(cells(row, rows) for row in rows)], _LEFT, is_markdown=True)
     return "\n".join([*(f"- {fact}" for fact in describe(facts)), "", *lines, *_failures(rows, "    ")])
 
 

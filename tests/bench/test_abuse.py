@@ -24,13 +24,14 @@ from tests.bench.abuse.kinds import (
 )
 from tests.bench.abuse.link import Effort, Link
 from tests.bench.abuse.measure import Cost, Plan, Stage, measure
-from tests.bench.abuse.table import COLUMNS, Row, cells, write_table
-from tests.bench.abuse.usage import Usage, parse_io, parse_status, peak_kib, resident_kib, settle, usage
+from tests.bench.abuse.table import COLUMNS, Row, cells, write_report
+from tests.bench.abuse.usage import Usage, parse_io, peak_kib, resident_kib, settle, usage
 from tests.bench.abuse.verdict import Bases, compare
 from tests.bench.certificate import make_certificate
 from tests.bench.process import Cores, process_tree
 from tests.bench.programs import find_program
 from tests.bench.results import RunError
+from tests.helpers.proc import parse_status
 from tests.helpers.processes import Children, wait_until
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def test_the_table_names_what_is_too_much_and_what_failed() -> None:
     assert [row.is_good for row in rows] == [True, False, False]
     assert len({len(cells(row)) for row in rows} | {len(COLUMNS)}) == 1
     for is_markdown in (False, True):
-        text = write_table(rows, ["a fact"], is_markdown=is_markdown)
+        text = write_report(rows, ["a fact"], is_markdown=is_markdown)
         assert "a fact" in text
         assert "too much: chunks" in text.splitlines()
         assert "refused: RunError: answered with 200, not 400" in text.splitlines()

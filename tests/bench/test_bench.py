@@ -39,6 +39,7 @@ from tests.bench.report import Facts, as_json, cells, cpu_model, markdown, termi
 from tests.bench.results import Row, RunError, Sample, ratio_to_base
 from tests.bench.rounds import Plan, run_scenario
 from tests.bench.scenarios import SCENARIOS
+from tests.bench.tables import write_table
 from tests.bench.targets import TARGETS, Site, Target, caddy_config, haproxy_config, nginx_config, stickyproxy_config
 from tests.helpers.processes import Children
 
@@ -362,3 +363,9 @@ def test_a_short_run_from_the_command_line_yields_a_row_without_errors(tmp_path:
     (only,) = json.loads(file.read_text())["rows"]
     assert (only["scenario"], only["target"], only["errors"], only["failures"]) == ("ws", "floor", 0, [])
     assert only["cpu_us"] > 0
+
+
+def test_a_table_has_its_figures_on_the_right() -> None:
+    rows = [["name", "us", "note"], ["one", "1,000", "fast"], ["other", "2", ""]]
+    assert write_table(rows, (0, 2), is_markdown=True)[:2] == ["| name | us | note |", "| --- | ---: | --- |"]
+    assert write_table(rows, (0, 2), is_markdown=False) == ["name      us  note", "one    1,000  fast", "other      2"]

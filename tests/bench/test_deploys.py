@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,14 +18,16 @@ from tests.bench.deploys import __main__ as command_line
 from tests.bench.deploys.report import is_good, verdicts, write_report
 from tests.bench.deploys.run import Footprint, Plan, Result, Seen, perform
 from tests.bench.deploys.visitors import Habits, Load, Lost, Tally, Visitor
+from tests.bench.messages import BINARY, CLOSE, NUMBER, write_frame
 from tests.bench.programs import ROOT
-from tests.bench.reloads.messages import BINARY, CLOSE, NUMBER, write_frame
+from tests.helpers.proc import mentioning
 from tests.helpers.run_app import App
 from tests.helpers.run_stage import APP
 from tests.helpers.supervised import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 HABITS = Habits(sockets=12, requests_per_s=24, period_s=0.1, idle_s=1.0, life_s=(1.0, 3.0))
 SMALL = Plan(times=1, habits=HABITS, processes=2, pause_s=0.5)
@@ -99,19 +99,7 @@ def test_when_it_is_ended_all_that_it_started_ends(tmp_path: Path) -> None:
     deadline_s = time.monotonic() + 60
     while mentioning(str(tmp_path)) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    assert mentioning(str(tmp_path)) == []
-
-
-def mentioning(*words: str) -> list[int]:
-    """Return the processes whose command lines hold these words."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with suppress(OSError):  # it ended meanwhile
-                text = (entry / "cmdline").read_bytes().decode(errors="replace")
-                if all(word in text for word in words):
-                    found.append(int(entry.name))
-    return found
+    assert mentioning(str(tmp_path)) == set()
 
 
 # The visitors, with an app in place of the proxy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import struct
@@ -22,8 +21,9 @@ from tests.bench.operations.relay import DELAY_S, FAULTS
 from tests.bench.operations.report import is_good, verdicts, write_report
 from tests.bench.operations.run import Result, Run
 from tests.bench.operations.stage import Plan, Stage, split
-from tests.bench.operations.tree import footprint, listens, parse_busy_s, parse_ports, ports_held, session_of
+from tests.bench.process import footprint, parse_busy_s
 from tests.bench.programs import ROOT
+from tests.helpers.proc import session_of
 from tests.helpers.processes import Children
 
 if TYPE_CHECKING:
@@ -235,42 +235,6 @@ def test_percentiles() -> None:
     assert (percentile(values, 50), percentile(values, 99), percentile([], 50)) == (50, 99, 0)
     assert spread(values).worst == 100
     assert spread([]).worst == 0
-
-
-def test_the_connections_of_a_process_are_known_by_their_ports() -> None:
-    table = """\
-  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 0100007F:1F90 0100007F:C001 01 00000000:00000000 00:00000000 00000000     0        0 11 1
-   1: 0100007F:1F90 0100007F:C002 01 00000000:00000000 00:00000000 00000000     0        0 12 1
-   2: 0100007F:C001 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 13 1
-   3: 0100007F:1F90 0100007F:C003 06 00000000:00000000 00:00000000 00000000     0        0 0 1
-"""
-    assert parse_ports(table, 8080, {"11", "13", "0"}, "01") == {0xC001}
-    assert parse_ports(table, 8080, {"11", "12"}, "0A") == set()
-
-
-async def test_the_connections_of_this_process_are_found() -> None:
-    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-        closed.set()
-
-    closed = asyncio.Event()
-
-    server = await asyncio.start_server(hold, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        client = writer.get_extra_info("sockname")[1]
-        assert listens(os.getpid(), port)
-        assert not listens(os.getppid(), port)
-        assert not listens(os.getpid(), client)
-        async with asyncio.timeout(30):
-            while ports_held(os.getpid(), port) != {client}:  # noqa: ASYNC110 -- the kernel tells nobody
-                await asyncio.sleep(0.01)
-        writer.close()
-        await writer.wait_closed()
-        await asyncio.wait_for(closed.wait(), 30)
 
 
 def test_a_session_outlives_the_process_that_led_it(tmp_path: Path) -> None:

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING
 import pytest
 from typing_extensions import override
 
+from tests.bench.messages import BINARY, CLOSE, NUMBER, FrameReader, parse_head, write_frame
 from tests.bench.programs import find_program
 from tests.bench.reloads import __main__ as command_line
-from tests.bench.reloads.family import Family, Usage, parse_stat, parse_tcp
+from tests.bench.reloads.family import Family, Usage
 from tests.bench.reloads.look import Look, look
-from tests.bench.reloads.messages import BINARY, CLOSE, NUMBER, FrameReader, parse_head, write_frame
 from tests.bench.reloads.peers import CONTROLS, PEERS, Kind, Operation, Stage, replace_program, with_limit
 from tests.bench.reloads.requests import Requests, RequestTally
 from tests.bench.reloads.run import Outcome, Plan, Stranded, run
 from tests.bench.reloads.settings import Setting, caddy_text, haproxy_text, nginx_text, replace_once, stickyproxy_text
-from tests.bench.reloads.table import COLUMNS, Row, cells, legend, write_table
+from tests.bench.reloads.table import COLUMNS, Row, cells, legend, write_report
 from tests.bench.reloads.tunnels import Tally, Tunnel, Visitor, all_open
 from tests.bench.results import RunError
 from tests.bench.targets import Site, environment
 from tests.helpers.processes import Children, free_port
+from tests.helpers.supervised import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -78,14 +79,6 @@ async def answers(family: Family, port: int) -> bool:
     return True
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.02)
-
-
 def operation_of(name: str, kind: Kind) -> Operation:
     return next(one for one in PEERS[name].operations if one.kind is kind)
 
@@ -130,20 +123,6 @@ def test_a_head_is_read() -> None:
     assert parse_head(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n\r\n") == (101, 0, "", False)
     with pytest.raises(RunError, match="no response"):
         parse_head(b"ICY 200 OK\r\n\r\n")
-
-
-def test_the_session_of_a_process_is_read_whatever_its_name() -> None:
-    assert parse_stat("7 (a) S 1 (b) R 1 2 99 0 -1 4194304") == ("R", 99)
-
-
-def test_who_is_connected_to_a_port_is_read() -> None:
-    text = """\
-  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1
-   1: 0100007F:1F90 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 12 1
-   2: 0100007F:C350 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 13 1
-"""
-    assert parse_tcp(text, 0x1F90) == {"12": 0xC350}
 
 
 @pytest.mark.parametrize("write", [haproxy_text, nginx_text, caddy_text, stickyproxy_text])
@@ -408,7 +387,7 @@ def test_a_proxy_that_does_not_come_up_is_in_the_table(children: Children) -> No
     row = command_line.run_one(broken, NOTHING, SMALL, children)
     assert row.outcome is None
     assert "no such option" in row.failure
-    assert "no such option" in write_table([row], [], is_markdown=False)
+    assert "no such option" in write_report([row], [], is_markdown=False)
 
 
 def test_the_table_has_a_cell_for_each_column() -> None:
@@ -419,7 +398,7 @@ def test_the_table_has_a_cell_for_each_column() -> None:
         "7 → 0", "9 → 8",
     ]  # fmt: skip
     assert cells(Row("a", "upgrade", outcome(taken_out=None)))[-1] == "-"
-    text = write_table(rows, legend(SMALL), is_markdown=True)
+    text = write_report(rows, legend(SMALL), is_markdown=True)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert text.endswith("a, reload: RunError: it did not\n\nb, upgrade: skipped: no command")

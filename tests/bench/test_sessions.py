@@ -17,7 +17,7 @@ from aiohttp import web
 
 from tests.bench.programs import ROOT
 from tests.bench.sessions import __main__ as command_line
-from tests.bench.sessions.__main__ import Plan, Row, cells, is_shown, write_table
+from tests.bench.sessions.__main__ import Plan, Row, cells, is_shown, write_report
 from tests.bench.sessions.browser import Browser, Outcome
 from tests.bench.sessions.servers import SERVERS, Pythons
 from tests.helpers.apps import CHAINLIT
@@ -148,7 +148,7 @@ def test_the_table() -> None:
     ]  # fmt: skip
     assert cells(sticky)[2:] == ["1", "2", "2 (100%)", "2 (100%)", "-"]
     for is_markdown in (True, False):
-        text = write_table([uvicorn, sticky, gunicorn], ["a fact"], is_markdown=is_markdown)
+        text = write_report([uvicorn, sticky, gunicorn], ["a fact"], is_markdown=is_markdown)
         assert text.startswith("- a fact\n\n")
         assert text.endswith("\ngunicorn: not installed: pip")
         assert ("| ---" in text) == is_markdown

@@ -13,7 +13,7 @@ from tests.bench.programs import ROOT
 from tests.bench.results import RunError, Sample
 from tests.bench.scenarios import SCENARIOS
 from tests.bench.targets import Site
-from tests.bench.workers import COLUMNS, Observed, Row, Stage, cells, observe, parse_options, write_config, write_table
+from tests.bench.workers import COLUMNS, Observed, Row, Stage, cells, observe, parse_options, write_config, write_report
 from tests.helpers.processes import Children
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def test_without_one_worker_or_a_round_there_is_no_ratio() -> None:
     assert (cells(rows[1], rows)[4], cells(failed, rows)[-1]) == ("-", "invalid")
     assert [one.is_clean for one in (*rows, row(1, 50.0, 1.0, errors=1))] == [False, True, False]
     for is_markdown in (False, True):
-        assert "it did not come up" in write_table(rows, [], is_markdown=is_markdown)
+        assert "it did not come up" in write_report(rows, [], is_markdown=is_markdown)
 
 
 def test_the_file_has_the_number_of_workers(tmp_path: Path) -> None:

@@ -36,13 +36,15 @@ from tests.bench.__main__ import held as describe_cores
 from tests.bench.__main__ import missing_programs, say_missing
 from tests.bench.apps import application_command
 from tests.bench.load import run_load, visit
-from tests.bench.process import Cores, choose_cores, cpu_s, held_to, process_tree, raise_file_limit
+from tests.bench.process import Cores, choose_cores, cpu_s, held_to, raise_file_limit
 from tests.bench.programs import package_version, path_of, program_version
 from tests.bench.reloads.family import Family
 from tests.bench.report import describe, gather_facts
 from tests.bench.results import RunError, Sample
 from tests.bench.scenarios import SCENARIOS
+from tests.bench.tables import write_table
 from tests.bench.targets import Site, environment, stickyproxy_config
+from tests.helpers.proc import workers_of
 from tests.helpers.processes import Children, free_port
 
 if TYPE_CHECKING:
@@ -125,11 +127,6 @@ def write_config(site: Site, workers: int) -> str:
     return stickyproxy_config(site).replace("workers: 1\n", f"workers: {workers}\n")
 
 
-def find_workers(pid: int) -> list[int]:
-    """Return the workers among the descendants of a supervisor."""
-    return [one for one in process_tree(pid) if _PROGRAM in (Path("/proc") / str(one) / "cmdline").read_bytes()]
-
-
 @dataclass(frozen=True)
 class Stage:
     """Where the rounds of one load run: the two ports of the application, how long (s) each is, and on which cores."""
@@ -151,7 +148,7 @@ def observe(scenario: Scenario, workers: int, stage: Stage) -> Observed:
         proxy.start()
     try:
         proxy.main.wait_until_ready(f"http://127.0.0.1:{site.admin_port}/readyz")
-        pids = find_workers(proxy.main.pid)
+        pids = sorted(workers_of(proxy.main.pid))
         if len(pids) != workers:
             raise RunError(f"it has {len(pids)} workers and not {workers}")
         return _load(scenario, site, proxy, pids, stage.seconds)
@@ -175,7 +172,7 @@ def _load(scenario: Scenario, site: Site, proxy: Family, pids: Sequence[int], se
             time.sleep(_LOOK_S)
         sample = loading.result()
     all_s = cpu_s(pid) - all_before_s
-    if not all_s or sorted(find_workers(pid)) != sorted(pids):
+    if not all_s or workers_of(pid) != set(pids):
         raise RunError("workers have ended under load")
     parts = sorted(((cpu_s(one) - before_s[one]) / all_s for one in pids), reverse=True)
     return Observed(sample, tuple(parts), tuple(sorted((held[one] for one in pids), reverse=True)))
@@ -231,15 +228,9 @@ def _share(parts: Sequence[float]) -> str:
     return f"{'+'.join(f'{part:.0%}' for part in parts)}+{max(0.0, 1 - sum(parts)):.0%}"
 
 
-def write_table(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
+def write_report(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
     """Return the report: facts, the table, and what failed."""
-    table = [list(COLUMNS), *(cells(row, rows) for row in rows)]
-    if is_markdown:
-        table.insert(1, ["---", *["---:"] * (len(COLUMNS) - 1)])
-        lines = ["| " + " | ".join(line) + " |" for line in table]
-    else:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.rjust, line, widths)) for line in table]
+    lines = write_table([COLUMNS, *(cells(row, rows) for row in rows)], (0,), is_markdown=is_markdown)
     failures = [failure for row in rows for failure in row.failures]
     return "\n".join([*(f"- {fact}" for fact in facts), "", *lines, *failures])
 
@@ -295,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usable = os.sched_getaffinity(0)
     cores = choose_cores(usable) if options.held else FREE
     where = describe_cores(cores) if options.held else f"no process is held to any of the {len(usable)} cores"
-    facts = gather_facts(held=where, rounds=options.rounds, seconds=options.seconds, versions=versions)
+    facts = gather_facts(versions, held=where, rounds=options.rounds, seconds=options.seconds)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="workers-") as folder, Children(Path(folder)) as children:
         Path(folder).chmod(0o755)  # nginx, started by root, reads it as another user
@@ -303,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stage = Stage(children, (free_port(), free_port()), options.seconds, cores)
             with held_to(cores.rest):  # the load inherits it
                 rows += run_rounds(scenario, options.workers, options.rounds, stage)
-    print(write_table(rows, [*describe(facts), *legend()], is_markdown=options.markdown))
+    print(write_report(rows, [*describe(facts), *legend()], is_markdown=options.markdown))
     return 0 if all(row.is_clean for row in rows) else 1
 
 

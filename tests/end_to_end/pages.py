@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from playwright.sync_api import expect
 
@@ -9,7 +10,18 @@ from tests.helpers.browser import TIMEOUT_S, Answer, Visitor
 
 TIMEOUT_MS = TIMEOUT_S * 1000
 CONNECTION_LOST = "Could not reach the server"
-PID_OF_REPLY = re.compile(r"pid=(\d+)")
+TOLD = r"pid=(\d+)(?: version=(\S+) upstream=(\S+))?"
+# NiceGUI forgets a page 3 s after its socket broke, in which its client tries once or twice. More patience, so that a
+# slow machine does not decide how a test ends.
+PATIENT = ("--reconnect-timeout-s", "20")
+
+
+class Told(NamedTuple):
+    """What an answer tells of the process that gave it; the last two only where the proxy itself runs the app."""
+
+    pid: int
+    version: str = ""
+    upstream: str = ""
 
 
 class CounterPage:
@@ -26,11 +38,14 @@ class CounterPage:
 
     @property
     def pid(self) -> int:
-        return self._number("pid")
+        return int(self._text("pid"))
 
     @property
     def count(self) -> int:
-        return self._number("count")
+        return int(self._text("count"))
+
+    def told(self) -> Told:
+        return Told(self.pid, self._text("version"), self._text("upstream"))
 
     def increment(self) -> None:
         self.tab.page.get_by_role("button", name="inc").click()
@@ -54,8 +69,8 @@ class CounterPage:
         label.wait_for()
         expect(label).not_to_have_text(label.inner_text(), timeout=TIMEOUT_MS)
 
-    def _number(self, label: str) -> int:
-        return int(self.tab.page.get_by_test_id(label).inner_text().removeprefix(f"{label}="))
+    def _text(self, label: str) -> str:
+        return self.tab.page.get_by_test_id(label).inner_text().removeprefix(f"{label}=")
 
 
 class ChatPage:
@@ -82,10 +97,16 @@ class ChatPage:
 
     def pid_of_reply(self, number: int, files: int = 0) -> int:
         """Wait for the newest reply to be this one of its session; return the pid in it."""
+        return self.told_by_reply(number, files=files).pid
+
+    def told_by_reply(self, number: int, message: str = "", files: int = 0) -> Told:
+        """Wait for the newest reply to be this one of its session, to this message; return what it tells."""
         suffix = f" files={files}" if files else ""
+        text = re.compile(rf"{message}: reply {number} {TOLD}{suffix}\s*$")
         newest = self.tab.page.locator(".ai-message").last
-        expect(newest).to_contain_text(re.compile(rf"reply {number} pid=\d+{suffix}\s*$"), timeout=TIMEOUT_MS)
-        return int(PID_OF_REPLY.findall(newest.inner_text())[-1])
+        expect(newest).to_contain_text(text, timeout=TIMEOUT_MS)
+        [(pid, version, upstream)] = text.findall(newest.inner_text())
+        return Told(int(pid), version, upstream)
 
     def shows_connection_lost(self) -> bool:
         return self.tab.page.get_by_text(CONNECTION_LOST).is_visible()

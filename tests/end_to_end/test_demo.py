@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,6 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.helpers.plain_client import Answer, ask
 from tests.helpers.processes import HTTP, Child, Children, free_port, http_status, wait_until
-from tests.helpers.serving import REPOSITORY
 
 DEADLINE_S = 60.0
 
@@ -34,11 +32,8 @@ class RunningDemo:
     def __init__(self, children: Children) -> None:
         self.port, self.admin_port = free_port(), free_port()
         addresses = ["--listen", f"127.0.0.1:{self.port}", "--admin", f"127.0.0.1:{self.admin_port}"]
-        self.child: Child = children.start(
-            "demo",
-            [sys.executable, "-m", "stickyproxy", "demo", *addresses],
-            {"PYTHONPATH": str(REPOSITORY), "XDG_STATE_HOME": str(children.directory)},
-        )
+        home = {"XDG_STATE_HOME": str(children.directory)}
+        self.child: Child = children.start_stickyproxy("demo", "demo", *addresses, env=home)
         wait_until(lambda: "Ctrl-C stops" in self.log or not self.child.is_running(), "the demo greets")
         assert self.child.is_running(), self.log
 
@@ -201,9 +196,7 @@ async def test_no_app_outlives_a_demo_that_is_killed(children: Children) -> None
 def test_a_demo_that_cannot_listen_leaves_no_app_behind(children: Children) -> None:
     demo = RunningDemo(children)
     addresses = ["--listen", f"127.0.0.1:{demo.port}", "--admin", f"127.0.0.1:{free_port()}"]
-    second = children.start(
-        "second", [sys.executable, "-m", "stickyproxy", "demo", *addresses], {"PYTHONPATH": str(REPOSITORY)}
-    )
+    second = children.start_stickyproxy("second", "demo", *addresses)
     assert second.wait(DEADLINE_S) == 2
     output = second.log.read_text()
     assert f"stickyproxy: cannot listen on 127.0.0.1:{demo.port}: the address is in use" in output

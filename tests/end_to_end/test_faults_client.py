@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.fault_client_app import BLOCK_BYTES, FRAME, HALVES, FaultApp
 from tests.helpers.fault_client_load import Transfer, ask_each, new_ids
-from tests.helpers.fault_proxy_process import Growth, descriptors
+from tests.helpers.proc import Growth, descriptors
 from tests.helpers.processes import Children, StickyProxy
 from tests.helpers.raw import eventually
 
@@ -42,14 +42,10 @@ async def serve(children: Children, app: FaultApp, **more: Any) -> StickyProxy:
     return await asyncio.to_thread(StickyProxy, children, app.upstreams, affinity=COOKIE_LESS, more=more)
 
 
-def port_of(proxy: StickyProxy) -> int:
-    return int(proxy.url.rpartition(":")[2])
-
-
 async def check_others(proxy: StickyProxy, app: FaultApp, number: int = OTHERS) -> None:
     """Check that so many requests of other clients are answered, each after it reached the app once."""
     ids = new_ids(number)
-    answers = await ask_each(port_of(proxy), ids)
+    answers = await ask_each(proxy.port, ids)
     assert answers == dict.fromkeys(ids, 200)
     assert {request_id: app.received["POST", request_id] for request_id in ids} == dict.fromkeys(ids, 1)
 
@@ -63,7 +59,7 @@ async def download_slowly(proxy: StickyProxy, app: FaultApp, size: int) -> int:
     """Ask for a body and take none of it while others are served, then all; return the growth (KiB) of the proxy."""
     await warm_up(proxy, app)
     growth = Growth(proxy.worker)
-    async with await Transfer.connect(port_of(proxy)) as slow:
+    async with await Transfer.connect(proxy.port) as slow:
         slow.ask(f"GET /bytes/{size}", "slow")
         arrival = await app.arrived("slow")
         await eventually(lambda: arrival.sent_bytes >= 2**20, "a part is on its way")
@@ -110,7 +106,7 @@ async def test_a_client_that_sends_slowly_costs_nothing(children: Children, app:
     await warm_up(proxy, app)
     growth = Growth(proxy.worker)
     blocks = LARGE_BYTES // BLOCK_BYTES
-    async with await Transfer.connect(port_of(proxy)) as slow:
+    async with await Transfer.connect(proxy.port) as slow:
         slow.begin_upload("/word", "slow", length)
         for part in range(8):
             await slow.upload(part * blocks // 8, blocks // 8)
@@ -127,7 +123,7 @@ async def upload_to_slow_app(proxy: StickyProxy, app: FaultApp, length: int | No
     """Send a body that the app takes only after others were served; return the growth (KiB) of the proxy."""
     await warm_up(proxy, app)
     growth = Growth(proxy.worker)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.begin_upload("/slow/gate", "slow", length)
         uploading = asyncio.get_running_loop().create_task(client.upload(0, LARGE_BYTES // BLOCK_BYTES))
         arrival = await app.arrived("slow")
@@ -166,7 +162,7 @@ async def test_a_tunnel_that_is_read_slowly_costs_its_buffers_and_no_more(childr
     proxy = await serve(children, app)
     await warm_up(proxy, app)
     growth = Growth(proxy.worker)
-    async with await Transfer.connect(port_of(proxy)) as slow:
+    async with await Transfer.connect(proxy.port) as slow:
         await slow.open_tunnel(f"/flood/{LARGE_BYTES}", "slow")
         arrival = app.of("slow")
         await eventually(lambda: arrival.sent_bytes >= 2**20, "a part is on its way")
@@ -194,11 +190,11 @@ async def test_after_a_half_close_the_response_to_a_whole_request_still_arrives(
     children: Children, app: FaultApp, line: str, framing: str, body: bytes
 ) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.ask(f"{line} /hold/gate", "half-closed", framing, body=body)
         client.half_close()
         arrival = await app.arrived("half-closed")
-        await client.was_half_closed(port_of(proxy))
+        await client.was_half_closed(proxy.port)
         app.open("gate")
         assert await client.receive_status() == 200
         assert await client.receive_rest() == b"word"
@@ -212,12 +208,12 @@ async def test_a_response_whose_half_was_sent_before_the_half_close_arrives_whol
     children: Children, app: FaultApp
 ) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.ask("GET /halves/gate", "half-closed")
         assert await client.receive_status() == 200
         assert await client.reader.readexactly(len(HALVES[0])) == HALVES[0]
         client.half_close()
-        await client.was_half_closed(port_of(proxy))
+        await client.was_half_closed(proxy.port)
         app.open("gate")
         assert await client.receive_rest() == HALVES[1]
 
@@ -226,12 +222,12 @@ async def test_a_large_response_that_is_taken_slowly_arrives_whole_after_a_half_
     children: Children, app: FaultApp
 ) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.ask(f"GET /bytes/{LARGE_BYTES}", "half-closed")
         client.half_close()
         arrival = await app.arrived("half-closed")
         await eventually(lambda: arrival.sent_bytes >= 2**20, "a part is on its way")
-        await client.was_half_closed(port_of(proxy))
+        await client.was_half_closed(proxy.port)
         assert await client.receive_status() == 200
         await client.download(LARGE_BYTES)
         assert client.crc == arrival.sent_crc
@@ -241,13 +237,13 @@ async def test_a_large_response_that_is_taken_slowly_arrives_whole_after_a_half_
 async def test_pipelined_requests_before_a_half_close_are_all_answered(children: Children, app: FaultApp) -> None:
     proxy = await serve(children, app)
     ids = new_ids(5, "pipelined")
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.ask("POST /hold/gate", ids[0], BODY[0], body=BODY[1])
         for request_id in ids[1:]:
             client.ask("POST /word", request_id, CHUNKED_BODY[0], body=CHUNKED_BODY[1])
         client.half_close()
         await app.arrived(ids[0])
-        await client.was_half_closed(port_of(proxy))
+        await client.was_half_closed(proxy.port)
         app.open("gate")
         answers = await client.receive_rest()
     assert answers.count(b"HTTP/1.1 200 OK\r\n") == len(ids)
@@ -259,7 +255,7 @@ async def test_a_half_close_in_the_middle_of_a_request_is_no_whole_request(child
     """The control: the proxy does see the end of file, and an app never takes such a body for whole."""
     proxy = await serve(children, app)
     for framing, body in (("Content-Length: 4", b"wor"), ("Transfer-Encoding: chunked", b"4\r\nword\r\n")):
-        async with await Transfer.connect(port_of(proxy)) as client:
+        async with await Transfer.connect(proxy.port) as client:
             [request_id] = new_ids(1, "cut")
             client.ask("POST /word", request_id, framing, body=body)
             arrival = await app.arrived(request_id)
@@ -272,7 +268,7 @@ async def test_a_half_close_in_the_middle_of_a_request_is_no_whole_request(child
 
 async def test_a_body_that_ends_with_the_half_close_of_the_app_arrives_whole(children: Children, app: FaultApp) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.ask("GET /end/gate", "to the end")
         assert await client.receive_status() == 200
         await check_others(proxy, app, 2)
@@ -290,7 +286,7 @@ async def test_an_answer_and_half_close_before_the_body_has_come_reaches_the_cli
     children: Children, app: FaultApp
 ) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.begin_upload("/early/gate", "early", 2 * BLOCK_BYTES)
         await client.upload(0, 1)
         assert await client.receive_status() == 200
@@ -306,10 +302,10 @@ async def test_a_half_closed_client_of_a_tunnel_still_gets_what_the_app_sends(
     children: Children, app: FaultApp
 ) -> None:
     proxy = await serve(children, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         await client.open_tunnel("/tunnel/gate", "tunnel")
         client.half_close()
-        await client.was_half_closed(port_of(proxy))
+        await client.was_half_closed(proxy.port)
         app.open("gate")
         assert (await client.receive_rest())[: len(FRAME)] == FRAME
 
@@ -355,7 +351,7 @@ async def test_when_clients_are_gone_the_app_sees_aborted_bodies_and_nothing_sta
 ) -> None:
     proxy = await serve(children, app, timeouts=SHORT)
     before = await settled(proxy, app)
-    clients = [await Transfer.connect(port_of(proxy)) for _ in range(CLIENTS)]
+    clients = [await Transfer.connect(proxy.port) for _ in range(CLIENTS)]
     ids = new_ids(CLIENTS, "gone")
     for client, request_id in zip(clients, ids, strict=True):
         client.begin_upload("/word", request_id, length)
@@ -377,7 +373,7 @@ async def test_when_clients_are_gone_the_app_sees_aborted_bodies_and_nothing_sta
 
 async def leave_untaken_uploads(proxy: StickyProxy, app: FaultApp, how: str) -> list[str]:
     """Let clients go whose uploads the proxy reads no more, since the app takes nothing of them; return their ids."""
-    clients = [await Transfer.connect(port_of(proxy)) for _ in range(4)]
+    clients = [await Transfer.connect(proxy.port) for _ in range(4)]
     ids = new_ids(len(clients), "gone")
     uploads = []
     for client, request_id in zip(clients, ids, strict=True):
@@ -419,7 +415,7 @@ async def test_when_a_client_is_gone_whose_tunnel_the_app_does_not_read_nothing_
     """The same in a tunnel, which no timeout ends unless it is configured."""
     proxy = await serve(children, app, timeouts=SHORT)
     before = await settled(proxy, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         await client.open_tunnel("/tunnel/gate", "gone")
         message = b"\x82\xff" + LARGE_BYTES.to_bytes(8, "big") + bytes(4)
         client.writer.write(message)
@@ -452,7 +448,7 @@ async def test_when_clients_are_gone_that_wait_for_a_response_nothing_stays_open
     """After a plain close the client may be half-closed for all that the proxy can know, until it is sent something."""
     proxy = await serve(children, app, timeouts=SHORT)
     before = await settled(proxy, app)
-    clients = [await Transfer.connect(port_of(proxy)) for _ in range(CLIENTS)]
+    clients = [await Transfer.connect(proxy.port) for _ in range(CLIENTS)]
     ids = new_ids(CLIENTS, "gone")
     for client, request_id in zip(clients, ids, strict=True):
         client.ask("POST /hold/gate", request_id, BODY[0], body=BODY[1])
@@ -477,7 +473,7 @@ async def test_when_clients_are_gone_in_the_middle_of_a_download_nothing_stays_o
 ) -> None:
     proxy = await serve(children, app, timeouts=SHORT)
     before = await settled(proxy, app)
-    clients = [await Transfer.connect(port_of(proxy)) for _ in range(4)]
+    clients = [await Transfer.connect(proxy.port) for _ in range(4)]
     ids = new_ids(len(clients), "gone")
     for client, request_id in zip(clients, ids, strict=True):
         client.ask(f"GET /bytes/{LARGE_BYTES}", request_id)
@@ -494,7 +490,7 @@ async def test_a_client_that_stays_holds_its_descriptors(children: Children, app
     """The control: a descriptor that is still in use is counted."""
     proxy = await serve(children, app, timeouts=SHORT)
     before = await settled(proxy, app)
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         client.begin_upload("/word", "stays", LARGE_BYTES)
         await client.upload(0, 2)
         await app.arrived("stays")

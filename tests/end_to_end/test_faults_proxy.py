@@ -26,9 +26,9 @@ from tests.helpers.apps import lacking
 from tests.helpers.counting import CountingApps
 from tests.helpers.fault_client_app import FRAME, FaultApp
 from tests.helpers.fault_client_load import Transfer, ask_each, ask_pipelined, new_ids
-from tests.helpers.fault_proxy_process import ChildrenUnder, cpu_s, descriptors, memory_kib
 from tests.helpers.plain_client import AbortedError, PlainClient
-from tests.helpers.processes import Children, StickyProxy, free_port, wait_until
+from tests.helpers.proc import cpu_s, descriptors, memory_kib
+from tests.helpers.processes import Children, ChildrenUnder, StickyProxy, free_port, wait_until
 from tests.helpers.raw import eventually
 from tests.helpers.serving import can_listen
 
@@ -49,13 +49,9 @@ async def app() -> AsyncIterator[FaultApp]:
         yield app
 
 
-def port_of(proxy: StickyProxy) -> int:
-    return int(proxy.url.rpartition(":")[2])
-
-
 async def open_tunnel(proxy: StickyProxy, client: str, cookie: str | None = None) -> ClientConnection:
     fields = {"X-Client": client, **({"Cookie": cookie} if cookie else {})}
-    url = f"ws://127.0.0.1:{port_of(proxy)}/ws"
+    url = f"ws://127.0.0.1:{proxy.port}/ws"
     return await connect(url, additional_headers=fields, proxy=None, open_timeout=DEADLINE_S, ping_interval=None)
 
 
@@ -92,7 +88,7 @@ class Crowd:
     async def arrive(self, number: int) -> None:
         """Let clients connect, each send its request, and wait until the proxy takes no more of them."""
         for request_id in new_ids(number, "crowd"):
-            client = self.clients[request_id] = await PlainClient.connect(port_of(self.proxy))
+            client = self.clients[request_id] = await PlainClient.connect(self.proxy.port)
             client.send("/hold/gate", method="POST", fields={"X-Id": request_id})
             self.receiving.append(asyncio.get_running_loop().create_task(self._receive(request_id)))
         looks: list[tuple[int, int]] = []
@@ -246,7 +242,7 @@ def test_an_idle_websocket_costs_little_and_all_answer_afterwards(children: Chil
         proxy = StickyProxy(roomy, {"app": f"http://127.0.0.1:{app_port}"})
         wait_until(lambda: proxy.metric("upstream_health", upstream="app") > 0, "the app listens")
         pid, before_kib = proxy.worker, memory_kib(proxy.worker)
-        arguments = ["clients", f"--port={port_of(proxy)}", f"--count={count}"]
+        arguments = ["clients", f"--port={proxy.port}", f"--count={count}"]
         clients = roomy.start("websocket-clients", [sys.executable, WEBSOCKETS, *arguments])
         wait_until(lambda: "open " in clients.log.read_text() or not clients.is_running(), "all are open", DEADLINE_S)
         assert f"open {count}\n" in clients.log.read_text(), clients.log_tail()
@@ -330,13 +326,13 @@ class Work:
     async def _load(self) -> None:
         with suppress(ConnectionError):
             while True:
-                async with await PlainClient.connect(port_of(self._proxy)) as client:
+                async with await PlainClient.connect(self._proxy.port) as client:
                     for _ in range(50):
                         if not await self._ask(client, "/count", new_ids(1, "load")[0]):
                             break
 
     async def _hold(self, request_id: str) -> None:
-        async with await PlainClient.connect(port_of(self._proxy)) as client:
+        async with await PlainClient.connect(self._proxy.port) as client:
             await self._ask(client, "/hold/gate", request_id)
 
     async def _ask(self, client: PlainClient, target: str, request_id: str) -> bool:
@@ -359,7 +355,7 @@ async def work_until(children: Children, number: signal.Signals) -> tuple[Work, 
         working = asyncio.get_running_loop().create_task(work.run(begin))
         await begin.wait()
         proxy.child.send(number)
-        await eventually(lambda: can_listen(port_of(proxy)), "nobody listens any more")
+        await eventually(lambda: can_listen(proxy.port), "nobody listens any more")
         await eventually(lambda: all(talker.ended_at for talker in work.talkers), "all tunnels have ended")
         for name in apps.upstreams:
             await asyncio.to_thread(apps.release, name, "gate")
@@ -403,11 +399,11 @@ async def test_at_sigterm_a_frame_that_is_on_its_way_comes_whole_before_the_clos
     children: Children, app: FaultApp
 ) -> None:
     proxy = await asyncio.to_thread(StickyProxy, children, app.upstreams, more={"timeouts": {"linger": "60s"}})
-    async with await Transfer.connect(port_of(proxy)) as client:
+    async with await Transfer.connect(proxy.port) as client:
         await client.open_tunnel("/tunnel/gate", "tunnel")
         assert await client.reader.readexactly(500) == FRAME[:500]
         proxy.child.send(signal.SIGTERM)
-        await eventually(lambda: can_listen(port_of(proxy)), "nobody listens any more")
+        await eventually(lambda: can_listen(proxy.port), "nobody listens any more")
         app.open("gate")
         assert await client.reader.readexactly(len(FRAME) - 500) == FRAME[500:]
         close = await client.reader.readexactly(4)
@@ -463,7 +459,7 @@ async def ask(
     proxy: StickyProxy, request_id: str, cookie: str | None = None, method: str = "POST"
 ) -> tuple[str, str | None]:
     """Ask over a connection of its own; return the name of the app that answered, and the cookie that was set."""
-    async with await PlainClient.connect(port_of(proxy)) as client:
+    async with await PlainClient.connect(proxy.port) as client:
         fields = {"X-Id": request_id, **({"Cookie": cookie} if cookie else {})}
         answer = await client.ask("/count", method=method, fields=fields)
         assert answer.status == 200
@@ -503,8 +499,8 @@ async def test_a_jump_of_the_clock_ends_nothing_and_moves_nobody(children: Child
             for (name, cookie), request_id in zip(pins.items(), ids[3:6], strict=True):
                 assert await ask(proxy, request_id, cookie) == (name, None)
             async with (
-                await PlainClient.connect(port_of(proxy)) as held,
-                await PlainClient.connect(port_of(proxy)) as idle,
+                await PlainClient.connect(proxy.port) as held,
+                await PlainClient.connect(proxy.port) as idle,
                 await open_tunnel(proxy, "tunnel", pins["alpha"]) as tunnel,
             ):
                 assert await echo(tunnel, "before") == 1
@@ -539,8 +535,8 @@ async def test_if_all_clocks_jump_what_is_open_ends(children: Children) -> None:
         with clock_of(children.directory, with_monotonic=True) as clock:
             proxy = await asyncio.to_thread(StickyProxy, clock.children, apps.upstreams, more={"timeouts": LONG})
             async with (
-                await PlainClient.connect(port_of(proxy)) as held,
-                await PlainClient.connect(port_of(proxy)) as idle,
+                await PlainClient.connect(proxy.port) as held,
+                await PlainClient.connect(proxy.port) as idle,
                 await open_tunnel(proxy, "tunnel") as tunnel,
             ):
                 assert (await idle.ask("/count")).status == 200
@@ -562,8 +558,8 @@ async def test_after_a_jump_of_the_clock_timeouts_fire_all_the_same(children: Ch
         with clock_of(children.directory) as clock:
             proxy = await asyncio.to_thread(StickyProxy, clock.children, apps.upstreams, more={"timeouts": timeouts})
             async with (
-                await PlainClient.connect(port_of(proxy)) as held,
-                await PlainClient.connect(port_of(proxy)) as idle,
+                await PlainClient.connect(proxy.port) as held,
+                await PlainClient.connect(proxy.port) as idle,
                 await open_tunnel(proxy, "tunnel") as tunnel,
             ):
                 assert (await idle.ask("/count")).status == 200
@@ -627,7 +623,7 @@ async def work_beside_log(proxy: StickyProxy, app: FaultApp, number: int) -> lis
     gets, posts = new_ids(number - number // 100, "get"), new_ids(number // 100, "post")
     parts = [gets[at::BURST_CLIENTS] for at in range(BURST_CLIENTS)]
     got, posted = await asyncio.gather(
-        asyncio.gather(*(ask_pipelined(port_of(proxy), part) for part in parts)), ask_each(port_of(proxy), posts)
+        asyncio.gather(*(ask_pipelined(proxy.port, part) for part in parts)), ask_each(proxy.port, posts)
     )
     assert [status for some in got for status in some.values()] == [200] * len(gets)
     assert posted == dict.fromkeys(posts, 200)
@@ -662,7 +658,7 @@ async def test_when_the_disk_is_full_traffic_goes_on_and_each_line_is_counted(
     children: Children, app: FaultApp
 ) -> None:
     proxy = await serve_with_log(children, app, Path("/dev/full"))
-    async with await PlainClient.connect(port_of(proxy)) as client:
+    async with await PlainClient.connect(proxy.port) as client:
         assert (await client.ask("/word")).status == 200
         await work_beside_log(proxy, app, 1000)
         await eventually(lambda: proxy.metric("access_log_dropped_total") == 1001, "all are counted", look_s=0.1)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.fault_app import PART
-from tests.helpers.faults import Crowd, FaultApps, Load, Visitor, port_of, state_of, wait_for_state
+from tests.helpers.faults import Crowd, FaultApps, Load, Visitor, state_of, wait_for_state
 from tests.helpers.ledger import RECEIPT, Receipt, Verdict
 from tests.helpers.plain_client import PlainClient
 from tests.helpers.processes import Children, StickyProxy, wait_until
@@ -71,7 +71,7 @@ async def ask_all(visitors: list[Visitor], target: str = "/take") -> list[Verdic
 
 async def test_a_kill_ends_only_what_was_under_way_at_the_killed_process(children: Children, apps: FaultApps) -> None:
     proxy = StickyProxy(children, apps.upstreams, probe=PATIENT)
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         await crowd.arrive(60)
         victims, others = crowd.at("alpha"), crowd.at("beta") + crowd.at("gamma")
         assert len(victims) == 20
@@ -137,12 +137,12 @@ async def test_a_kill_ends_only_what_was_under_way_at_the_killed_process(childre
 async def test_a_client_that_repeats_a_post_is_found(children: Children, apps: FaultApps) -> None:
     """The control: the ledger sees what a proxy would do that sends a failed POST again."""
     proxy = StickyProxy(children, apps.upstreams, probe=PATIENT)
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         await crowd.arrive(3)
         [visitor] = crowd.at("alpha")
         request_id = crowd.ledger.begin("POST", visitor.name)
         fields = visitor.fields(request_id)
-        async with await PlainClient.connect(port_of(proxy)) as client:
+        async with await PlainClient.connect(proxy.port) as client:
             client.send("/hold/kill?at=alpha", method="POST", fields=fields)
             await asyncio.to_thread(apps.wait_until_held, "alpha", "kill")
             await asyncio.to_thread(apps.kill, "alpha")
@@ -163,7 +163,7 @@ async def test_nobody_leaves_a_process_that_is_stopped_and_each_gets_504_in_time
 ) -> None:
     probe = {"path": "/healthz", "interval": "500ms", "timeout": "1s", "rise": 1, "fall": 2}
     proxy = StickyProxy(children, apps.upstreams, probe=probe, more={"timeouts": {"response": f"{RESPONSE_S:g}s"}})
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         await crowd.arrive(30)
         pinned, others = crowd.at("alpha"), crowd.at("beta") + crowd.at("gamma")
         cookies = {visitor: visitor.cookie for visitor in crowd.visitors}
@@ -225,7 +225,7 @@ def wait_for_arrivals(apps: FaultApps, crowd: Crowd) -> None:
 async def block_one(children: Children, apps: FaultApps, *, block_s: int, affinity: Mapping[str, Any]) -> Crowd:
     """Let one process do nothing for a while, as all clients go on, and return what they saw."""
     proxy = StickyProxy(children, apps.upstreams, probe=STRICT, affinity=affinity)
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         first = (await crowd.arrive(31))[0]  # no multiple of three: round robin must not keep step with them
         blocker = start_asking([first], f"/block/{block_s}000", "POST")
         blocked = await asyncio.to_thread(apps.wait_for_arrival, first.name, "POST")
@@ -283,7 +283,7 @@ async def restart_under_load(
 ) -> Crowd:
     """Restart alpha in some way while 30 clients go on, and return what they saw."""
     proxy = StickyProxy(children, apps.upstreams, probe={**PATIENT, "interval": "500ms"})
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         await crowd.arrive(30)
         pinned = crowd.at("alpha")
         async with Load(list(crowd.visitors), "/take?ms=20") as load:
@@ -313,7 +313,7 @@ async def test_those_who_sleep_through_the_restart_of_a_drained_process_come_bac
     children: Children, apps: FaultApps
 ) -> None:
     proxy = StickyProxy(children, apps.upstreams, probe=PATIENT)
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         await crowd.arrive(30)
         pinned, others = crowd.at("alpha"), crowd.at("beta") + crowd.at("gamma")
         async with Load(others, "/take?ms=2") as load:
@@ -376,7 +376,7 @@ async def ends_whole(link: RawLink, head: Message) -> bool:
 async def test_a_response_that_breaks_off_is_visibly_cut(
     breaking: Breaking, framing: str, ending: str, version: str, *, looks_whole: bool
 ) -> None:
-    apps, port, gate = breaking.apps, port_of(breaking.proxy), f"{framing}-{ending}-{version}"
+    apps, port, gate = breaking.apps, breaking.proxy.port, f"{framing}-{ending}-{version}"
     async with Crowd(port) as crowd:
         [visitor] = await crowd.arrive(1)
         app = visitor.app
@@ -410,7 +410,7 @@ async def test_a_response_that_breaks_off_is_visibly_cut(
 @pytest.mark.parametrize("ending", ["fin", "rst", "half"])
 async def test_a_head_that_breaks_off_is_answered_with_502_and_not_sent_again(breaking: Breaking, ending: str) -> None:
     apps, gate = breaking.apps, f"head-{ending}"
-    async with Crowd(port_of(breaking.proxy)) as crowd:
+    async with Crowd(breaking.proxy.port) as crowd:
         [visitor] = await crowd.arrive(1)
         asking = start_asking([visitor], f"/break/head/{ending}/{gate}", "GET")
         await asyncio.to_thread(apps.wait_until_held, visitor.app, gate)
@@ -444,7 +444,7 @@ async def test_a_thousand_clients_lose_a_process_and_its_own_come_back_at_once(
 ) -> None:
     proxy = StickyProxy(children, apps.upstreams, probe=PATIENT)
     survivors = ("beta", "gamma")
-    async with Crowd(port_of(proxy)) as crowd:
+    async with Crowd(proxy.port) as crowd:
         assert {verdict.status for verdict in await open_all(crowd.new(TUNNELS), 50)} == {101}
         victims, others = crowd.at("alpha"), crowd.at("beta") + crowd.at("gamma")
         assert abs(len(victims) - TUNNELS // 3) <= 1

@@ -170,13 +170,8 @@ class Crowd:
             self.failed[request_id] = str(answer.status)
 
 
-def port_of(proxy: StickyProxy) -> int:
-    return int(proxy.url.rpartition(":")[2])
-
-
 def accepts_pinned(proxy: StickyProxy, name: str) -> bool:
-    [cluster] = proxy.state()["clusters"]
-    return any(one["id"] == name and one["accepts_pinned"] for one in cluster["upstreams"])
+    return bool(proxy.upstreams()[name]["accepts_pinned"])
 
 
 class Aftermath:
@@ -186,7 +181,7 @@ class Aftermath:
         self.reports = children.reports
         self.apps = CountingApps(children, "alpha", "beta", "gamma", "delta")
         self.proxy = StickyProxy(children, self.apps.upstreams, probe=PROBE)
-        self.crowd = Crowd(port_of(self.proxy))
+        self.crowd = Crowd(self.proxy.port)
         self.late: list[Client] = []
         self.of_gamma: list[Client] = []
         self.slept: list[Client] = []
@@ -325,7 +320,7 @@ async def test_without_affinity_one_client_is_answered_by_several_processes(chil
     """The control: the test above could fail."""
     apps = CountingApps(children, "alpha", "beta", "gamma", "delta")
     proxy = StickyProxy(children, apps.upstreams, affinity={"cookie": False, "policy": "round_robin"}, probe=PROBE)
-    crowd = Crowd(port_of(proxy))
+    crowd = Crowd(proxy.port)
     crowd.arrive(20)
     async with asyncio.timeout(DEADLINE_S):
         await crowd.run()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.pages import CounterPage
+from tests.end_to_end.pages import PATIENT, CounterPage
 from tests.end_to_end.peers import Peer, start_peer
 from tests.helpers.apps import NICEGUI, Fleet
 from tests.helpers.browser import Visitors
@@ -17,9 +17,6 @@ pytestmark = pytest.mark.browser
 VISITORS = 8
 CUT_S = 2.0
 UPLOAD_BYTES = 20_000_000
-# NiceGUI forgets a page 3 s after its socket broke, in which its client tries once or twice. More patience here, so
-# that a slow machine does not decide how a test ends.
-PATIENT = ("--reconnect-timeout-s", "20")
 
 
 @pytest.fixture(scope="module")

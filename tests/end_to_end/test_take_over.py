@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from tests.bench.operations.tree import ports_held
-from tests.helpers.operated import GatedApp, Proxy, Stage, open_tunnel, until_so
+from tests.helpers.operated import GatedApp, Proxy, Stage, until_so
 from tests.helpers.plain_client import PlainClient, ask
+from tests.helpers.proc import ports_held
 from tests.helpers.processes import free_port
-from tests.helpers.supervised import DEADLINE_S, SECRET, until
+from tests.helpers.supervised import DEADLINE_S, SECRET, Tunnel, until
 
 OTHER_SECRET = "fedcba9876543210fedcba9876543210"
 STRANGER = 10_002  # a user id
@@ -71,7 +71,7 @@ async def test_everything_that_can_move_moves(stage: Stage) -> None:
     kept, held, local = await a.connect(port), await a.connect(port), await a.connect(str(path))
     for client in (kept, local):
         assert (await client.ask("/")).status == 200
-    tunnels = [await open_tunnel(await a.connect(port)) for _ in range(10)]
+    tunnels = [await Tunnel.open(await a.connect(port)) for _ in range(10)]
     held.send("/hold", fields={"X-Id": "held"})
     await until(lambda: app.waiting["/hold"] == 1, "the request is under way")
     assert stat.S_IMODE(a.hand_over.stat().st_mode) == 0o600
@@ -170,7 +170,7 @@ async def test_listeners_need_not_be_the_same(stage: Stage) -> None:
     both, of_a, of_b = free_port(), free_port(), free_port()
     a = await stage.serve(app, listeners=[f"127.0.0.1:{both}", f"127.0.0.1:{of_a}"], grace="1h")
     kept, staying = await a.connect(both), await a.connect(of_a)
-    tunnel = await open_tunnel(await a.connect(of_a))
+    tunnel = await Tunnel.open(await a.connect(of_a))
     for client in (kept, staying):
         assert (await client.ask("/")).status == 200
     listeners = [f"127.0.0.1:{both}", f"127.0.0.1:{of_b}"]
@@ -205,7 +205,7 @@ async def test_a_successor_that_cannot_start_changes_nothing(stage: Stage, reaso
     path, port = stage.short / "s", free_port()
     listeners = [f"127.0.0.1:{port}", f"unix:{path}"]
     a = await stage.serve(app, listeners=listeners)
-    kept, tunnel = await a.connect(str(path)), await open_tunnel(await a.connect(str(path)))
+    kept, tunnel = await a.connect(str(path)), await Tunnel.open(await a.connect(str(path)))
     file, workers = path.stat().st_ino, a.workers
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
 from stickyproxy.tasks import spawn
 from tests.helpers.certificates import Authority, Leaf, write_whole
 from tests.helpers.counting import CountingApps
+from tests.helpers.metrics import total
 from tests.helpers.plain_client import AbortedError, PlainClient
 from tests.helpers.processes import HTTP, Children, free_port, wait_until
 from tests.helpers.serving import Serving
@@ -69,13 +69,7 @@ class Site:
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of a metric that have these labels."""
         with HTTP.open(f"http://127.0.0.1:{self.proxy.admin_port}/metrics", timeout=DEADLINE_S) as response:
-            families = text_string_to_metric_families(response.read().decode())
-        return sum(
-            sample.value
-            for family in families
-            for sample in family.samples
-            if sample.name == f"stickyproxy_{name}" and labels.items() <= sample.labels.items()
-        )
+            return total(response.read().decode(), name, **labels)
 
     @asynccontextmanager
     async def client(self, context: ssl.SSLContext, name: str = "localhost") -> Any:

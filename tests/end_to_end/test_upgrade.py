@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.bench.operations.tree import ports_held
 from tests.helpers.certificates import Authority
 from tests.helpers.operated import (
     GatedApp,
@@ -21,13 +20,12 @@ from tests.helpers.operated import (
     Stage,
     Tree,
     describe_body,
-    open_tunnel,
     until_so,
-    zombies_of,
 )
 from tests.helpers.plain_client import AbortedError, PlainClient
+from tests.helpers.proc import ports_held, zombies_of
 from tests.helpers.processes import free_port
-from tests.helpers.supervised import DEADLINE_S, until
+from tests.helpers.supervised import DEADLINE_S, Tunnel, until
 
 UPGRADES = 3
 BODY = bytes(range(256)) * 400
@@ -205,10 +203,10 @@ async def test_behind_a_proxy_protocol_header_and_on_a_unix_socket(stage: Stage)
     behind._writer.write(b"PROXY TCP4 192.0.2.7 192.0.2.1 4321 80\r\n")
     for client in (behind, local):
         assert (await client.ask("/")).status == 200
-    tunnels = [await open_tunnel(await proxy.connect(str(path)))]
+    tunnels = [await Tunnel.open(await proxy.connect(str(path)))]
     second = await proxy.connect(port)
     second._writer.write(b"PROXY TCP4 192.0.2.8 192.0.2.1 4321 80\r\n")
-    tunnels.append(await open_tunnel(second))
+    tunnels.append(await Tunnel.open(second))
     file, before = path.stat().st_ino, proxy.workers
     await proxy.upgrade()
     await proxy.replaced(before)
@@ -463,8 +461,8 @@ async def test_tls_stays_where_it_is_until_it_ends(stage: Stage) -> None:
     app, site = await stage.app(), TlsSite(stage)
     proxy = await stage.serve(app, listeners=site.listeners, grace="1h")
     kept, held = [await proxy.connect(site.port, site.context) for _ in range(2)]
-    tunnel = await open_tunnel(await proxy.connect(site.port, site.context))
-    plain = await open_tunnel(await proxy.connect(site.plain_port))
+    tunnel = await Tunnel.open(await proxy.connect(site.port, site.context))
+    plain = await Tunnel.open(await proxy.connect(site.plain_port))
     assert (await kept.ask("/")).fields.get("connection") != "close"
     held.send("/hold")
     await until_waiting(app, "/hold")
@@ -497,8 +495,8 @@ async def test_tls_stays_where_it_is_until_it_ends(stage: Stage) -> None:
 async def test_when_the_grace_is_over_tunnels_of_tls_are_closed_with_a_reason(stage: Stage) -> None:
     app, site = await stage.app(), TlsSite(stage)
     proxy = await stage.serve(app, listeners=site.listeners, grace="1s")
-    tunnels = [await open_tunnel(await proxy.connect(site.port, site.context)) for _ in range(10)]
-    plain = await open_tunnel(await proxy.connect(site.plain_port))
+    tunnels = [await Tunnel.open(await proxy.connect(site.port, site.context)) for _ in range(10)]
+    plain = await Tunnel.open(await proxy.connect(site.plain_port))
     before = proxy.workers
     said = await proxy.upgrade()
     assert "10 of TLS cannot, and have 1 s to end in the old workers" in said, said
@@ -520,14 +518,14 @@ async def test_an_exchange_may_last_over_two_upgrades_and_then_its_connection_mo
     await until_waiting(app, "/hold")
     first = proxy.workers
     await proxy.upgrade()
-    staying = await open_tunnel(await proxy.connect(site.port, site.context))  # keeps one worker of the second image
+    staying = await Tunnel.open(await proxy.connect(site.port, site.context))  # keeps one worker of the second image
     second = proxy.workers - first
     await proxy.upgrade()
     app.gate.set()
     assert (await held.receive()).body == b"app"
     await proxy.replaced(first)
     assert (await held.ask("/", fields={"X-Id": "again"})).body == b"app"
-    tunnel = await open_tunnel(handshake)
+    tunnel = await Tunnel.open(handshake)
     await tunnel.echo()
     staying.client._writer.close()
     await proxy.replaced(second)

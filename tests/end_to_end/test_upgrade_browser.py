@@ -6,25 +6,21 @@ upgrade is spared, a restart shows: it closes every socket, and every page opens
 
 import re
 import signal
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
-from playwright.sync_api import WebSocket
-from typing_extensions import override
 
-from tests.bench.operations.tree import ports_held, workers_of
-from tests.end_to_end.pages import ChatPage, CounterPage
+from tests.end_to_end.guests import GUESTS_OF, Clicker, Guest, let_all_work, take_pictures, welcome, work_until
+from tests.end_to_end.pages import PATIENT, Told
 from tests.end_to_end.peers import PROBE
 from tests.helpers.apps import CHAINLIT, NICEGUI, Fleet, Framework
-from tests.helpers.browser import Tab, Visitor, Visitors
+from tests.helpers.browser import Visitors
 from tests.helpers.certificates import Authority
+from tests.helpers.proc import ports_held, workers_of
 from tests.helpers.processes import Child, Children, StickyProxy, free_port, wait_until
-from tests.helpers.serving import REPOSITORY
 
 pytestmark = pytest.mark.browser
 
@@ -40,9 +36,6 @@ RELOADS: Final[tuple[Mapping[str, Any], ...]] = (
     {"workers": WORKERS, "affinity": {"cookie": {"name": "stickyproxy"}, "secrets": [NEW_SECRET, OLD_SECRET]}},
 )
 GRACE_OF_TLS_S = 15
-# NiceGUI forgets a page 3 s after its socket broke. More patience where sockets do break, so that a slow machine does
-# not decide how the test ends.
-PATIENT = ("--reconnect-timeout-s", "20")
 # NiceGUI's "Connection lost. Trying to reconnect...": when it is switched on and off; it can be seen 2 s after that.
 WATCH_POPUP = """
 window.popups = [];
@@ -80,7 +73,7 @@ class OperatedProxy(StickyProxy):
 
     def command(self, *words: str) -> Child:
         """Start a command of an operator."""
-        return self._run(f"{self._name}-{words[0]}", *words, "--control", str(self.control))
+        return self._children.start_stickyproxy(f"{self._name}-{words[0]}", *words, "--control", str(self.control))
 
     def change_file(self, sections: Mapping[str, Any]) -> None:
         configuration = yaml.safe_load(self.file.read_text()) | sections
@@ -88,87 +81,7 @@ class OperatedProxy(StickyProxy):
 
     def serve_again(self, *words: str) -> Child:
         """Start another proxy of the same file."""
-        return self._run(f"{self._name}-again", "serve", "--config", str(self.file), *words)
-
-    def _run(self, name: str, *words: str) -> Child:
-        command = [sys.executable, "-m", "stickyproxy", *words]
-        return self._children.start(name, command, {"PYTHONPATH": str(REPOSITORY)})
-
-
-class Guest(ABC):
-    """Somebody at a page, who does one thing after the other and sees each answered by the process of the page."""
-
-    def __init__(self, page: CounterPage | ChatPage) -> None:
-        self.visitor: Visitor = page.visitor
-        self.tab: Tab = page.tab
-        self.sockets: list[WebSocket] = []
-        self.asked = 0
-        self.tab.page.on("websocket", self._on_websocket)
-        page.open()
-        self.tab.page.evaluate("window.loadedOnce = true")
-
-    @abstractmethod
-    def ask(self) -> None:
-        """Do something that the app must answer."""
-
-    @abstractmethod
-    def pid_of_answer(self) -> int:
-        """Wait for the answer to what was done last; return the pid of the process that gave it."""
-
-    def is_marked(self) -> bool:
-        """Say whether the page is the one that was loaded at first: a mark in its memory is still there."""
-        return bool(self.tab.page.evaluate("window.loadedOnce === true"))
-
-    def _on_websocket(self, socket: WebSocket) -> None:
-        self.sockets.append(socket)
-
-    def wait_for_another_socket(self) -> None:
-        self.tab.wait_until(lambda: len(self.sockets) > 1, "the page opens another WebSocket")
-
-    def assert_noticed_nothing(self) -> None:
-        """Assert that the page was never loaded again, and has used one WebSocket all the time, which is open."""
-        self.tab.assert_undisturbed()
-        assert self.is_marked()
-        assert self.tab.websockets_opened == 1
-        assert [socket.is_closed() for socket in self.sockets] == [False]
-
-
-class Clicker(Guest):
-    """Somebody who counts up in NiceGUI, by a counter that only the process of the page knows."""
-
-    def __init__(self, visitor: Visitor) -> None:
-        self.page = CounterPage(visitor)
-        super().__init__(self.page)
-
-    @override
-    def ask(self) -> None:
-        self.asked += 1
-        self.page.increment()
-
-    @override
-    def pid_of_answer(self) -> int:
-        self.page.expect_count(self.asked)
-        return self.page.pid
-
-
-class Talker(Guest):
-    """Somebody who chats with Chainlit, whose replies are numbered in the session."""
-
-    def __init__(self, visitor: Visitor) -> None:
-        self.page = ChatPage(visitor)
-        super().__init__(self.page)
-
-    @override
-    def ask(self) -> None:
-        self.asked += 1
-        self.page.say(f"message {self.asked}")
-
-    @override
-    def pid_of_answer(self) -> int:
-        return self.page.pid_of_reply(self.asked)
-
-
-GUESTS_OF: Final[Mapping[str, Callable[[Visitor], Guest]]] = {NICEGUI.name: Clicker, CHAINLIT.name: Talker}
+        return self._children.start_stickyproxy(f"{self._name}-again", "serve", "--config", self.file, *words)
 
 
 @pytest.fixture(scope="module", params=[NICEGUI, CHAINLIT], ids=lambda framework: framework.name)
@@ -207,46 +120,16 @@ def edge(children: Children, patient_fleet: Fleet) -> Iterator[OperatedProxy]:
     proxy.child.stop()
 
 
-def welcome(visitors: Visitors, site_url: str, make_guest: Callable[[Visitor], Guest], count: int) -> list[Guest]:
-    """Let guests come one after the other."""
-    return [make_guest(visitors.new(site_url)) for _ in range(count)]
+def work_until_end(guests: list[Guest], told: list[Told], child: Child) -> int:
+    """Let all work until a process has ended, answered as told; return how often each of them did something."""
+    return work_until(guests, told, lambda: not child.is_running(), f"{child} has ended")
 
 
-def let_all_work(guests: list[Guest]) -> list[int]:
-    """Let all do something at the same time; return the pids of the processes that answer."""
-    for guest in guests:
-        guest.ask()
-    return [guest.pid_of_answer() for guest in guests]
-
-
-def work_until_end(guests: list[Guest], pids: list[int], child: Child) -> int:
-    """Let all work until a process has ended, answered by these pids; return how often each of them did something.
-
-    Something was done just before its end, and something just after.
-    """
-    rounds, is_over = 0, False
-    while not is_over:
-        is_over = not child.is_running()
-        assert let_all_work(guests) == pids
-        rounds += 1
-        assert rounds < 1000, f"{child} does not end:\n{child.log_tail()}"
-    return rounds
-
-
-def port_of(proxy: StickyProxy) -> int:
-    return int(proxy.url.rpartition(":")[2])
-
-
-def take_pictures(guests: list[Guest], directory: Path, name: str) -> None:
-    for number, guest in enumerate(guests, 1):
-        guest.tab.page.screenshot(path=directory / f"{name}-{number}.png")
-
-
-def upgrade(proxy: OperatedProxy, guests: list[Guest], pids: list[int]) -> None:
+def upgrade(proxy: OperatedProxy, guests: list[Guest], told: list[Told]) -> None:
     """Upgrade while all work: the process id stays, the workers are others, and all tunnels are with them."""
     supervisor, before = proxy.child.pid, proxy.all_workers
     command = proxy.command("upgrade")
-    rounds = work_until_end(guests, pids, command)
+    rounds = work_until_end(guests, told, command)
     said = command.log_tail().splitlines()[-1]
     assert command.wait() == 0, said
     assert UPGRADED.match(said)
@@ -255,34 +138,34 @@ def upgrade(proxy: OperatedProxy, guests: list[Guest], pids: list[int]) -> None:
     assert len(proxy.all_workers) == len(before)
     assert proxy.child.pid == supervisor
     wait_until(lambda: proxy.metric("tunnels_open") == len(guests), "all tunnels are counted")
-    assert let_all_work(guests) == pids
+    assert let_all_work(guests) == told
 
 
-def reload(proxy: OperatedProxy, guests: list[Guest], pids: list[int], sections: Mapping[str, Any]) -> None:
+def reload(proxy: OperatedProxy, guests: list[Guest], told: list[Told], sections: Mapping[str, Any]) -> None:
     """Reload other sections of the file while all work."""
     proxy.change_file(sections)
     command = proxy.command("reload")
-    rounds = work_until_end(guests, pids, command)
+    rounds = work_until_end(guests, told, command)
     said = command.log_tail()
     assert command.wait() == 0, said
     print(f"reloaded, {said.splitlines()[-1]}; each worked {rounds} times meanwhile")
     wait_until(
         lambda: len(proxy.all_workers) == sections.get("workers", WORKERS), "there are as many workers as written"
     )
-    assert let_all_work(guests) == pids
+    assert let_all_work(guests) == told
 
 
-def take_over(proxy: OperatedProxy, guests: list[Guest], pids: list[int]) -> None:
+def take_over(proxy: OperatedProxy, guests: list[Guest], told: list[Told]) -> None:
     """Let a second proxy take the place of the first, which ends by itself, while all work."""
     first = proxy.child
     proxy.child = proxy.serve_again("--take-over", str(proxy.hand_over))
-    rounds = work_until_end(guests, pids, first)
+    rounds = work_until_end(guests, told, first)
     assert first.wait() == 0, first.log_tail()
     assert proxy.child.is_running(), proxy.child.log_tail()
     print(f"taken over; each worked {rounds} times meanwhile")
     proxy.child.wait_until_ready(f"{proxy.admin_url}/readyz")
     wait_until(lambda: proxy.metric("tunnels_open") == len(guests), "all tunnels are counted")
-    assert let_all_work(guests) == pids
+    assert let_all_work(guests) == told
 
 
 def test_nobody_notices_upgrades_reloads_and_another_proxy(
@@ -290,32 +173,32 @@ def test_nobody_notices_upgrades_reloads_and_another_proxy(
 ) -> None:
     make_guest = GUESTS_OF[framework.name]
     guests = welcome(visitors, proxy.url, make_guest, GUESTS)
-    pids = let_all_work(guests)
-    assert set(pids) == fleet.pids
-    held = [len(ports_held(worker, port_of(proxy))) for worker in proxy.all_workers]
+    told = let_all_work(guests)
+    assert {one.pid for one in told} == fleet.pids
+    held = [len(ports_held(worker, proxy.port)) for worker in proxy.all_workers]
     assert len(held) == WORKERS
     print(f"the workers hold {held} connections of {GUESTS} guests")
     tunnels = proxy.metric("tunnels_total")
     take_pictures(guests, tmp_path, "before")
 
     for number in range(UPGRADES):
-        upgrade(proxy, guests, pids)
+        upgrade(proxy, guests, told)
         if number == UPGRADES // 2:
-            reload(proxy, guests, pids, RELOADS[0])
+            reload(proxy, guests, told, RELOADS[0])
     for sections in RELOADS[1:]:
-        reload(proxy, guests, pids, sections)
+        reload(proxy, guests, told, sections)
     assert proxy.metric("handed_over_total", kind="tunnels") >= UPGRADES * GUESTS
     assert proxy.metric("tunnels_total") == tunnels
     assert proxy.metric("affinity_breaks_total") == 0
-    take_over(proxy, guests, pids)
+    take_over(proxy, guests, told)
 
     take_pictures(guests, tmp_path, "after")
     for guest in guests:
         guest.assert_noticed_nothing()
     again = [make_guest(guest.visitor) for guest in guests]  # a second tab of each: the pins are still there
-    assert let_all_work(again) == pids
+    assert let_all_work(again) == told
     newcomers = welcome(visitors, proxy.url, make_guest, len(fleet.pids))
-    assert set(let_all_work(newcomers)) <= fleet.pids
+    assert {one.pid for one in let_all_work(newcomers)} <= fleet.pids
     for guest in guests + again + newcomers:
         guest.assert_noticed_nothing()
 
@@ -356,37 +239,37 @@ def test_over_tls_the_old_worker_goes_on_until_the_grace_is_over(
     """
     [guest] = welcome(visitors, edge.url, Clicker, 1)
     guest.tab.page.evaluate(WATCH_POPUP)
-    pids = let_all_work([guest])
+    told = let_all_work([guest])
     old_workers = edge.all_workers
-    assert any(ports_held(worker, port_of(edge)) for worker in old_workers)
+    assert any(ports_held(worker, edge.port) for worker in old_workers)
 
     command = edge.command("upgrade")
-    work_until_end([guest], pids, command)
+    work_until_end([guest], told, command)
     said = command.log_tail().splitlines()[-1]
     assert command.wait() == 0, said
     assert f"of TLS cannot, and have {GRACE_OF_TLS_S} s to end in the old workers" in said
     new_workers = edge.all_workers - old_workers
     assert len(new_workers) == WORKERS
-    assert let_all_work([guest]) == pids
-    assert any(ports_held(worker, port_of(edge)) for worker in old_workers)
-    assert not any(ports_held(worker, port_of(edge)) for worker in new_workers)
+    assert let_all_work([guest]) == told
+    assert any(ports_held(worker, edge.port) for worker in old_workers)
+    assert not any(ports_held(worker, edge.port) for worker in new_workers)
     guest.assert_noticed_nothing()
     assert guest.tab.page.evaluate("popups") == []
 
     assert guest.tab.wait_for_websocket_close() == 1012
-    assert let_all_work([guest]) == pids
+    assert let_all_work([guest]) == told
     guest.tab.page.screenshot(path=tmp_path / "closed.png")
     assert "debug: WebSocket closed 1012 the proxy was replaced" in guest.tab.console
     guest.wait_for_another_socket()
     shown, hidden = guest.tab.page.evaluate("popups")
     assert (shown["isHidden"], hidden["isHidden"]) == ("false", "true")
     print(f"the page was without a connection for {hidden['at'] - shown['at']:.0f} ms")
-    assert let_all_work([guest]) == pids
+    assert let_all_work([guest]) == told
     guest.tab.page.screenshot(path=tmp_path / "reconnected.png")
     assert guest.is_marked()
     guest.tab.assert_lost_nothing()
     assert [socket.is_closed() for socket in guest.sockets] == [True, False]
     wait_until(lambda: edge.all_workers == new_workers, "the old workers have ended")
-    assert any(ports_held(worker, port_of(edge)) for worker in new_workers)
+    assert any(ports_held(worker, edge.port) for worker in new_workers)
     assert edge.metric("tunnel_closes_total", code="1012") == 1
     assert edge.metric("affinity_breaks_total") == 0

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from stickyproxy.tasks import spawn
-from tests.bench.operations.tree import listens, ports_held
-from tests.helpers.operated import Proxy, Stage, until_so, zombies_of
+from tests.helpers.operated import Proxy, Stage, until_so
 from tests.helpers.plain_client import AbortedError, PlainClient
+from tests.helpers.proc import listens, ports_held, zombies_of
 from tests.helpers.supervised import until
 
 CLIENTS = 16

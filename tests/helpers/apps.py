@@ -17,9 +17,22 @@ APPS = REPOSITORY / "tests" / "end_to_end" / "apps"
 
 def lacking(reason: str) -> NoReturn:
     """Skip the test that needs what is lacking; fail it in CI, where nothing may be lacking."""
-    if os.environ.get("CI") == "true":
+    if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def find_interpreter(name: str) -> Path:
+    """Return the Python that has a framework, by the name of its recipe; skip or fail the test if there is none.
+
+    It is the one that the environment names (STICKYPROXY_NICEGUI_PYTHON and so on), or that of `.venvs/<name>`.
+    """
+    variable = f"STICKYPROXY_{name.upper().replace('-', '_')}_PYTHON"
+    path = Path(os.environ.get(variable) or REPOSITORY / ".venvs" / name / "bin" / "python")
+    if not path.exists():
+        requirements = f"config/recipes/{name}/requirements.txt"
+        lacking(f"no {path}: set {variable}, or make .venvs/{name} with {requirements}")
+    return path
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,7 @@ class Framework:
 
     def interpreter(self) -> Path:
         """Return the Python that has the framework; skip or fail the test if there is none."""
-        variable = f"STICKYPROXY_{self.name.upper()}_PYTHON"
-        path = Path(os.environ.get(variable) or REPOSITORY / ".venvs" / self.name / "bin" / "python")
-        if not path.exists():
-            requirements = f"tests/end_to_end/requirements-{self.name}.txt"
-            lacking(f"no {path}: set {variable}, or make .venvs/{self.name} with {requirements}")
-        return path
+        return find_interpreter(self.name)
 
 
 NICEGUI = Framework("nicegui", "nicegui_app.py", storage="NICEGUI_STORAGE_PATH", secret="STORAGE_SECRET")

@@ -7,14 +7,16 @@ import urllib.request
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
 
-from tests.helpers.processes import HTTP, Child, Children, free_port, wait_until
-
-APP = Path(__file__).with_name("counting_app.py")
+from tests.helpers.processes import HTTP, REPOSITORY, Child, Children, free_port, wait_until
 
 
 class CountingApps:
     """One process for each name, each at a port that it keeps when it is started again."""
+
+    program: ClassVar = "counting_app"
 
     def __init__(self, children: Children, *names: str, start: bool = True) -> None:
         self._children = children
@@ -35,14 +37,17 @@ class CountingApps:
     def start(self, name: str) -> None:
         """Start a process, at first or again; its generation counts up."""
         self._generations[name] += 1
+        url = urlsplit(self.upstreams[name])
         options = {
-            "port": self._ports[name],
+            "host": url.hostname,
+            "port": url.port,
             "name": name,
             "generation": self._generations[name],
             "log": self._log(name),
         }
         arguments = [f"--{option}={value}" for option, value in options.items()]
-        self._running[name] = self._children.start(name, [sys.executable, APP, *arguments])
+        command = [sys.executable, "-m", f"tests.helpers.{self.program}", *arguments]
+        self._running[name] = self._children.start(name, command, {"PYTHONPATH": str(REPOSITORY)})
 
     def wait_until_ready(self, name: str) -> None:
         self._running[name].wait_until_ready(f"{self.upstreams[name]}/healthz")

@@ -1,31 +1,28 @@
 """A `stickyproxy run` of a framework's app, whose version is a text in a file, with commands to it."""
 
-import json
 import os
 import signal
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.helpers.apps import Framework
-from tests.helpers.processes import HTTP, WAIT_TIMEOUT_S, Child, Children, free_port, wait_until
-from tests.helpers.serving import REPOSITORY
+from tests.helpers.apps import APPS, Framework
+from tests.helpers.proc import mentioning
+from tests.helpers.processes import Administered, Child, Children, free_port, wait_until
 
 # Short: a process that is left by its visitors ends soon.
 SESSION_IDLE_S = 2
 PROBE = {"path": "/healthz", "interval": "1s", "timeout": "2s", "rise": 1, "fall": 2}
 
 
-class DeployedSite:
-    """A proxy that runs some processes of an app; `stop` ends all of it."""
+class DeployedSite(Administered):
+    """A proxy that runs some processes of an app, with `options` on its command line; `stop` ends all of it."""
 
-    def __init__(self, children: Children, framework: Framework, name: str, processes: int = 3) -> None:
+    def __init__(
+        self, children: Children, framework: Framework, name: str, processes: int, options: Sequence[str] = ()
+    ) -> None:
         self._children = children
         self._name = name
-        self._script = Path(__file__).with_name(f"deployed_{framework.script}")
         self._version_file = children.directory / f"{name}.version"
         self._hold = self._version_file.with_suffix(".hold")
         self._control = children.directory / f"{name}.control"
@@ -36,10 +33,10 @@ class DeployedSite:
                 (home / f"g{generation}-{number}").mkdir(parents=True)
         port, admin_port = free_port(), free_port()
         self.url = f"http://localhost:{port}"
-        self._admin_url = f"http://127.0.0.1:{admin_port}"
-        interpreter = str(framework.interpreter())
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
+        command = [str(framework.interpreter()), str(APPS / framework.script)]
         run = {
-            "command": [interpreter, str(self._script), "--port={port}", f"--version-file={self._version_file}"],
+            "command": [*command, "--port={port}", f"--version-file={self._version_file}", *options],
             "processes": processes,
             "env": {framework.storage: f"{home}/{{id}}", framework.secret: "equal in all processes of the app"},
             "ready": {"path": "/healthz", "timeout": "120s"},
@@ -57,8 +54,8 @@ class DeployedSite:
         file = children.directory / f"{name}.yaml"
         file.write_text(yaml.safe_dump(configuration, sort_keys=False))
         homes = {"HOME": str(home), "XDG_STATE_HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
-        self.child = self._run(name, "run", "--config", str(file), env=homes)
-        self.child.wait_until_ready(f"{self._admin_url}/readyz")
+        self.child = children.start_stickyproxy(name, "run", "--config", str(file), env=homes)
+        self.child.wait_until_ready(f"{self.admin_url}/readyz")
         wait_until(lambda: len(self.ready()) == processes, "all app processes are ready")
 
     def set_version(self, version: str) -> None:
@@ -67,12 +64,9 @@ class DeployedSite:
 
     def deploy(self, *options: str) -> Child:
         """Start a deploy; its command ends when the old generation has ended."""
-        return self._run(f"{self._name}-deploy", "deploy", *options, "--control", str(self._control))
-
-    def upstreams(self) -> dict[str, Any]:
-        """Return what the proxy says of its app processes, by id."""
-        state = json.loads(self._get("/api/v1/state"))
-        return {one["id"]: one for cluster in state["clusters"] for one in cluster["upstreams"]}
+        return self._children.start_stickyproxy(
+            f"{self._name}-deploy", "deploy", *options, "--control", str(self._control)
+        )
 
     def ready(self) -> dict[str, int]:
         """Return the process ids of the app processes that new clients come to, by id."""
@@ -87,37 +81,11 @@ class DeployedSite:
     def let_start(self) -> None:
         self._hold.unlink()
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of `stickyproxy_<name>` that have these labels; 0 if there is none."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self._get("/metrics"))
-            for sample in family.samples
-            if sample.name == f"stickyproxy_{name}" and labels.items() <= sample.labels.items()
-        )
-
     def app_processes(self) -> set[int]:
         """Return the process ids of all processes that were started as one of the app."""
-        mark = f"--version-file={self._version_file}".encode()
-        return {int(one.name) for one in Path("/proc").iterdir() if one.name.isdecimal() and mark in _words(one)}
+        return mentioning(f"--version-file={self._version_file}")
 
     def stop(self) -> None:
         """Stop the proxy as an operator does; no process of the app may be left."""
         self.child.stop()
         wait_until(lambda: not self.app_processes(), "no process of the app is left")
-
-    def _run(self, name: str, *words: str, env: dict[str, str] | None = None) -> Child:
-        paths = {"PYTHONPATH": str(REPOSITORY), **(env or {})}
-        return self._children.start(name, [sys.executable, "-m", "stickyproxy", *words], paths)
-
-    def _get(self, path: str) -> str:
-        with HTTP.open(f"{self._admin_url}{path}", timeout=WAIT_TIMEOUT_S) as response:
-            return str(response.read().decode())
-
-
-def _words(process: Path) -> list[bytes]:
-    """Return the command line of a process of /proc; nothing if it has ended."""
-    try:
-        return (process / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []

@@ -6,21 +6,22 @@ ledger.py) in its head: on a 101 and on a response that breaks off, too.
     python -m tests.helpers.fault_app --port 8001 --name alpha --log arrivals.log
 """
 
-import argparse
 import asyncio
 import json
 import os
 import socket
 import struct
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 from weakref import WeakKeyDictionary
 
 from aiohttp import WSMsgType, web
+from typing_extensions import override
 
+from tests.helpers.base_app import BaseApp, serve
 from tests.helpers.ledger import RECEIPT, Arrival, Receipt
 
 LAG_PERIOD_S: Final = 0.01
@@ -56,32 +57,24 @@ class LoopLag:
         return {"p50": readings[len(readings) // 2], "p99": readings[len(readings) * 99 // 100], "max": readings[-1]}
 
 
-class FaultApp:
+class FaultApp(BaseApp):
     """The state of one process."""
 
     def __init__(self, name: str, generation: int, log: Path) -> None:
-        self._name = name
-        self._generation = generation
-        # Not buffered: what SIGKILL leaves behind is complete.
-        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._counts: Counter[str] = Counter()
+        super().__init__(name, generation, log)
         self._connections: WeakKeyDictionary[asyncio.BaseTransport, int] = WeakKeyDictionary()
-        self._waiting: Counter[str] = Counter()
-        self._released: dict[str, asyncio.Event] = {}
         self._lag = LoopLag()
         self._measuring: asyncio.Task[None]
 
+    @override
     def application(self) -> web.Application:
-        app = web.Application()
+        app = super().application()
         app.router.add_route("*", "/take", self.on_take)
         app.router.add_route("*", "/hold/{gate}", self.on_hold)
         app.router.add_route("*", "/block/{milliseconds}", self.on_block)
         app.router.add_get("/break/{framing}/{ending}/{gate}", self.on_break)
         app.router.add_get("/ws", self.on_websocket)
-        app.router.add_get("/healthz", self.on_healthz)
         app.router.add_get("/lag", self.on_lag)
-        app.router.add_get("/waiting/{gate}", self.on_waiting)
-        app.router.add_post("/release/{gate}", self.on_release)
         app.on_startup.append(self.on_startup)
         return app
 
@@ -149,21 +142,9 @@ class FaultApp:
 
     # For the test
 
-    async def on_healthz(self, _: web.Request) -> web.Response:
-        return web.json_response({"name": self._name, "pid": os.getpid()})
-
     async def on_lag(self, _: web.Request) -> web.Response:
         """Say how late the timers fired since the last time that it was asked."""
         return web.json_response(self._lag.take())
-
-    async def on_waiting(self, request: web.Request) -> web.Response:
-        """Say how many requests wait at a gate."""
-        return web.json_response(self._waiting[request.match_info["gate"]])
-
-    async def on_release(self, request: web.Request) -> web.Response:
-        """Open a gate, for those that wait and those that are still to come."""
-        self._gate(request.match_info["gate"]).set()
-        return web.Response()
 
     def _receive(self, request: web.Request) -> Receipt:
         """Log a request, and return the receipt for its answer."""
@@ -181,17 +162,6 @@ class FaultApp:
             count=self._counts[client],
             connection=connection,
         )
-
-    def _gate(self, name: str) -> asyncio.Event:
-        return self._released.setdefault(name, asyncio.Event())
-
-    async def _hold(self, request: web.Request) -> None:
-        gate = request.match_info["gate"]
-        self._waiting[gate] += 1
-        try:
-            await self._gate(gate).wait()
-        finally:
-            self._waiting[gate] -= 1
 
     async def _wait_for_end(self, request: web.Request, transport: asyncio.Transport) -> None:
         """Wait under the gate `<gate>-end` until the other side has closed the connection."""
@@ -211,27 +181,5 @@ def _answer(receipt: Receipt) -> web.Response:
     return web.Response(body=line, headers={RECEIPT: line.decode()}, content_type="application/json")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A small app that fails as it is told")
-    parser.add_argument("--host", default="127.0.0.1", help="where it listens")
-    parser.add_argument("--port", type=int, required=True, help="port to listen on")
-    parser.add_argument("--name", required=True, help="what its answers call it")
-    parser.add_argument("--generation", type=int, default=1, help="counted up by whoever starts it again")
-    parser.add_argument("--log", type=Path, required=True, help="file for the requests that arrived")
-    options = parser.parse_args()
-    app = FaultApp(options.name, options.generation, options.log)
-    # Signals keep their default action: SIGTERM ends it at once, whatever is open.
-    web.run_app(
-        app.application(),
-        host=options.host,
-        port=options.port,
-        access_log=None,
-        handle_signals=False,
-        print=None,
-        keepalive_timeout=3600,
-        backlog=1024,
-    )
-
-
 if __name__ == "__main__":
-    main()
+    serve(FaultApp, "A small app that fails as it is told")

@@ -3,10 +3,8 @@
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Self
 
 from typing_extensions import override
@@ -18,12 +16,13 @@ from tests.helpers.ledger import Arrival, Ledger, Receipt, Verdict
 from tests.helpers.plain_client import AbortedError, PlainClient, read_cookie
 from tests.helpers.processes import HTTP, Children, StickyProxy, wait_until
 
-REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 
 
 class FaultApps(CountingApps):
     """One process for each name; with `hosts` (address by name) they share one port."""
+
+    program = "fault_app"
 
     def __init__(self, children: Children, *names: str, hosts: Mapping[str, str] | None = None) -> None:
         self._hosts = dict.fromkeys(names, "127.0.0.1") | dict(hosts or {})
@@ -39,20 +38,6 @@ class FaultApps(CountingApps):
     @override
     def upstreams(self) -> Mapping[str, str]:
         return {name: f"http://{self._hosts[name]}:{port}" for name, port in self._ports.items()}
-
-    @override
-    def start(self, name: str) -> None:
-        self._generations[name] += 1
-        options = {
-            "host": self._hosts[name],
-            "port": self._ports[name],
-            "name": name,
-            "generation": self._generations[name],
-            "log": self._log(name),
-        }
-        arguments = [f"--{option}={value}" for option, value in options.items()]
-        command = [sys.executable, "-m", "tests.helpers.fault_app", *arguments]
-        self._running[name] = self._children.start(name, command, {"PYTHONPATH": str(REPOSITORY)})
 
     def send(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a process."""
@@ -269,16 +254,9 @@ class Load:
             await visitor.ask(self._target, "POST" if number % 3 == 0 else "GET")
 
 
-def port_of(proxy: StickyProxy) -> int:
-    """Return the port that clients connect to."""
-    return int(proxy.url.rpartition(":")[2])
-
-
 def state_of(proxy: StickyProxy, name: str) -> Mapping[str, object]:
     """Return what the admin API says of one upstream."""
-    [cluster] = proxy.state()["clusters"]
-    [upstream] = [one for one in cluster["upstreams"] if one["id"] == name]
-    return dict(upstream)
+    return dict(proxy.upstreams()[name])
 
 
 async def wait_for_state(proxy: StickyProxy, name: str, **expected: object) -> None:

@@ -16,6 +16,15 @@ LISTEN = Address("127.0.0.1", 0)
 Apps = tuple[App, App]
 
 
+@asynccontextmanager
+async def two_apps() -> AsyncIterator[Apps]:
+    """Run two apps, `a` and `b`, until the end of the block."""
+    both = await App("a").start(), await App("b").start()
+    yield both
+    for app in both:
+        app.stop()
+
+
 def sections(apps: Apps, **more: Any) -> dict[str, Any]:
     return {
         "upstreams": [app.upstream for app in apps],

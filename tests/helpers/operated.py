@@ -21,21 +21,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from prometheus_client.parser import text_string_to_metric_families
 from typing_extensions import override
 
-from tests.bench.operations.tree import session_of, workers_of
+from tests.helpers.metrics import samples_of, total
 from tests.helpers.plain_client import PlainClient, ask
+from tests.helpers.proc import session_of, workers_of
 from tests.helpers.processes import HTTP, WAIT_TIMEOUT_S, Children
 from tests.helpers.serving import REPOSITORY, Serving
-from tests.helpers.supervised import DEADLINE_S, HANDSHAKE, SECRET, Tunnel, until
+from tests.helpers.supervised import DEADLINE_S, SECRET, App, Tunnel, until
 
 _COMMAND_S = 150.0
 _LOOK_S = 0.1
-_CLOSE = 0x88
 
 
-class GatedApp:
+class GatedApp(App):
     """An app that waits for the test. `ids` counts what came by `X-Id`, `forwarded` holds the last X-Forwarded-For.
 
     `/hold` is answered when `gate` is set, `/events` sends what `emit` is given until that is None, `/ws` echoes, a
@@ -43,52 +42,25 @@ class GatedApp:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.port = 0
-        self.gate = asyncio.Event()
+        super().__init__(name)
+        self.gate = self.released
         self.ids: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()  # requests under way, by path
         self.forwarded = ""
         self._events: list[asyncio.Queue[bytes | None]] = []
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
 
-    @property
-    def upstream(self) -> dict[str, Any]:
-        """The app as an upstream of a file."""
-        return {"id": self.name, "url": f"http://127.0.0.1:{self.port}"}
-
-    async def start(self) -> Self:
-        """Begin to listen."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
+    @override
     def stop(self) -> None:
         """Refuse connections, and end those that are open."""
-        self.gate.set()
-        if self._server is not None:
-            self._server.close()
-        for writer in self._writers:
-            writer.transport.abort()
+        self.crash()
 
     def emit(self, data: bytes | None) -> None:
         """Send an event to all that listen to events; None ends their responses."""
         for queue in self._events:
             queue.put_nowait(data)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        try:
-            while await self._answer(reader, writer):
-                pass
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            self._writers.discard(writer)
-            writer.close()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    @override
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         path = head.split(" ")[1]
         pairs = [line.partition(": ") for line in head.split("\r\n")[1:]]
@@ -106,11 +78,7 @@ class GatedApp:
         self, path: str, fields: dict[str, str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
         if path == "/ws":
-            writer.write(
-                b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                b"X-App: " + self.name.encode() + b"\r\n\r\n"
-            )
-            await _echo(reader, writer)
+            await self.switch(reader, writer)
             return False
         if path == "/events":
             await self._send_events(writer)
@@ -133,16 +101,6 @@ class GatedApp:
         writer.write(b"0\r\n\r\n")
 
 
-async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send back the short masked frames that come, unmasked; the Close frame is the last."""
-    opcode = 0
-    while opcode != _CLOSE:
-        opcode, size = await reader.readexactly(2)
-        mask, masked = await reader.readexactly(4), await reader.readexactly(size & 0x7F)
-        payload = bytes(byte ^ mask[at % 4] for at, byte in enumerate(masked))
-        writer.write(bytes((opcode, len(payload))) + payload)
-
-
 async def until_so(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait until a condition holds that takes a while to look at; raise TimeoutError after the deadline."""
     async with asyncio.timeout(DEADLINE_S):
@@ -150,16 +108,6 @@ async def until_so(condition: Callable[[], Awaitable[bool]]) -> None:
             if await condition():
                 return
             await asyncio.sleep(_LOOK_S)
-
-
-def zombies_of(pid: int) -> set[int]:
-    """Return the children of a process that have ended and that it has not waited for."""
-    found = set()
-    for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        stat = Path(f"/proc/{one}/stat").read_text()
-        if stat.rpartition(") ")[2].startswith("Z"):
-            found.add(int(one))
-    return found
 
 
 def describe_body(body: bytes) -> bytes:
@@ -296,20 +244,14 @@ class Proxy:
 
     async def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Return all samples of the metrics, by name and labels."""
-        families = text_string_to_metric_families(await self.get("/metrics"))
         return {
             (sample.name.removeprefix("stickyproxy_"), tuple(sorted(sample.labels.items()))): sample.value
-            for family in families
-            for sample in family.samples
+            for sample in samples_of(await self.get("/metrics"))
         }
 
     async def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples of a name that have these labels; 0 if there is none."""
-        return sum(
-            value
-            for (found, pairs), value in (await self.samples()).items()
-            if found == name and labels.items() <= dict(pairs).items()
-        )
+        return total(await self.get("/metrics"), name, **labels)
 
     async def connect(self, where: int | str | None = None, context: ssl.SSLContext | None = None) -> PlainClient:
         """Connect, over TLS where a context is given, until `leave` is called; to the first port, or elsewhere."""
@@ -333,7 +275,7 @@ class Proxy:
 
     async def open_tunnel(self, cookie: str | None = None) -> Tunnel:
         """Open a tunnel over a connection of its own."""
-        return await open_tunnel(await self.connect(), cookie)
+        return await Tunnel.open(await self.connect(), cookie)
 
     async def ask(self, path: str = "/", *, cookie: str | None = None) -> tuple[int, bytes]:
         """Ask over a connection of its own; return status and body."""
@@ -351,15 +293,6 @@ class Proxy:
     @override
     def __repr__(self) -> str:
         return repr(self.child)
-
-
-async def open_tunnel(client: PlainClient, cookie: str | None = None) -> Tunnel:
-    """Make a tunnel of a connection."""
-    client.send("/ws", fields=HANDSHAKE | ({} if cookie is None else {"Cookie": cookie}))
-    async with asyncio.timeout(DEADLINE_S):
-        status, fields = await client.receive_head()
-    assert status == 101
-    return Tunnel(client, fields)
 
 
 def _first_port(listeners: Sequence[Any]) -> int:

@@ -17,10 +17,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from typing_extensions import override
 
+from tests.helpers.metrics import samples_of, total
+from tests.helpers.proc import workers_of
+
+REPOSITORY = Path(__file__).parents[2]
 WAIT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 POLL_INTERVAL_S = 0.05
@@ -72,19 +75,6 @@ def http_status(url: str, timeout_s: float = 5.0) -> int | None:
         return error.code
     except OSError:
         return None
-
-
-def find_workers(supervisor: int) -> list[int]:
-    """Return the process ids of the workers of a proxy, the oldest first; those that have ended are none."""
-    listed = [file.read_text().split() for file in Path(f"/proc/{supervisor}/task").glob("*/children")]
-    return sorted(int(child) for children in listed for child in children if _is_worker(child))
-
-
-def _is_worker(process_id: str) -> bool:
-    try:
-        return b"stickyproxy.control.worker_process" in Path(f"/proc/{process_id}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 class Child:
@@ -175,13 +165,57 @@ class Children:
         self._started.append(child)
         return child
 
+    def start_stickyproxy(self, name: str, *words: str | Path, env: Mapping[str, str] | None = None) -> Child:
+        """Start `stickyproxy WORDS` of this repository."""
+        paths = {"PYTHONPATH": str(REPOSITORY), **(env or {})}
+        return self.start(name, [sys.executable, "-m", "stickyproxy", *words], paths)
+
     def reports(self) -> Iterator[tuple[str, str]]:
         """Give what to show of each child when a test has failed: title and text."""
         for child in self._started:
             yield f"{child!r}, end of {child.log}", child.log_tail()
 
 
-class StickyProxy:
+class ChildrenUnder(Children):
+    """Children whose command stands behind `prefix`, a program that runs it in its own process, with `env` besides."""
+
+    def __init__(self, directory: Path, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+        super().__init__(directory)
+        self._prefix = prefix
+        self._env = env or {}
+
+    @override
+    def start(self, name: str, arguments: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Child:
+        return super().start(name, [*self._prefix, *arguments], {**(env or {}), **self._env})
+
+
+class Administered:
+    """A proxy whose admin listener is at `admin_url`."""
+
+    admin_url: str
+
+    def metrics(self) -> Iterator[Sample]:
+        """Give each sample that `/metrics` shows now."""
+        return samples_of(self._get("/metrics"))
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the samples of `stickyproxy_<name>` that have these labels; 0 if there is none."""
+        return total(self._get("/metrics"), name, **labels)
+
+    def state(self) -> Any:
+        """Return what the admin API says of the clusters and their upstreams."""
+        return json.loads(self._get("/api/v1/state"))
+
+    def upstreams(self) -> dict[str, Any]:
+        """Return what the admin API says of each upstream, by id."""
+        return {one["id"]: one for cluster in self.state()["clusters"] for one in cluster["upstreams"]}
+
+    def _get(self, path: str) -> str:
+        with HTTP.open(f"{self.admin_url}{path}", timeout=WAIT_TIMEOUT_S) as response:
+            return str(response.read().decode())
+
+
+class StickyProxy(Administered):
     """A `stickyproxy serve` of its own, with its configuration file, in front of `upstreams` (id to URL).
 
     `more` are sections of the file that stand beside, or in place of, those that every test has.
@@ -219,12 +253,13 @@ class StickyProxy:
         self.file.write_text(yaml.safe_dump(configuration, sort_keys=False))
         home = children.directory / f"{name}-home"
         home.mkdir(exist_ok=True)
-        self.child = children.start(
+        self.child = children.start_stickyproxy(
             name,
-            [sys.executable, "-m", "stickyproxy", "serve", "--config", self.file],
+            "serve",
+            "--config",
+            self.file,
             env={
                 "STICKYPROXY_SECRET": "a-secret-of-the-tests-the-same-for-each-proxy",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
                 "XDG_RUNTIME_DIR": str(home),
                 "XDG_STATE_HOME": str(home),
             },
@@ -232,32 +267,20 @@ class StickyProxy:
         self.child.wait_until_ready(f"{self.admin_url}/readyz")
 
     @property
+    def port(self) -> int:
+        """The port that clients connect to."""
+        return int(self.url.rpartition(":")[2])
+
+    @property
     def workers(self) -> list[int]:
         """The process ids of the workers that live, the oldest first."""
-        return find_workers(self.child.pid)
+        return sorted(workers_of(self.child.pid))
 
     @property
     def worker(self) -> int:
         """The process id of the only worker, which has the connections of all clients."""
         [process_id] = self.workers
         return process_id
-
-    def metrics(self) -> Iterator[Sample]:
-        """Give each sample that `/metrics` shows now."""
-        for family in text_string_to_metric_families(self._get("/metrics")):
-            yield from family.samples
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of `stickyproxy_<name>` that have these labels; 0 if there is none."""
-        return sum(
-            sample.value
-            for sample in self.metrics()
-            if sample.name == f"stickyproxy_{name}" and labels.items() <= sample.labels.items()
-        )
-
-    def state(self) -> Any:
-        """Return what the admin API says of the clusters and their upstreams."""
-        return json.loads(self._get("/api/v1/state"))
 
     def set_state(self, upstream_id: str, state: str) -> None:
         """Set what the operator wants of an upstream: `ready`, `drain` or `maint`."""
@@ -269,7 +292,3 @@ class StickyProxy:
         )
         with HTTP.open(request, timeout=WAIT_TIMEOUT_S):
             pass
-
-    def _get(self, path: str) -> str:
-        with HTTP.open(f"{self.admin_url}{path}", timeout=WAIT_TIMEOUT_S) as response:
-            return str(response.read().decode())

@@ -1,12 +1,12 @@
 """A proxy that runs an app itself, and what its processes do."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.operated import Proxy, Stage
+from tests.helpers.proc import mentioning
 from tests.helpers.supervised import until
 
 APP = Path(__file__).with_name("run_app.py")
@@ -40,16 +40,7 @@ class RunStage(Stage):
 
     def app_processes(self) -> set[int]:
         """Return the process ids of everything that was started as an app process of this stage."""
-        found = set()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    words = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if str(self.version_file).encode() in words:
-                    found.add(int(entry.name))
-        return found
+        return mentioning(str(self.version_file))
 
     async def nothing_left(self) -> None:
         """Wait until no app process is left."""

@@ -1,7 +1,6 @@
 """A `stickyproxy serve` of one's own, with any configuration and options: for tests of how it starts and stops."""
 
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,14 @@ class Serving:
         self.home = children.directory / f"{name}-home"
         self.home.mkdir(exist_ok=True)
         file = children.directory / f"{name}.yaml"
-        arguments: list[str | Path] = [sys.executable, "-m", "stickyproxy", "serve", *options]
+        words: list[str | Path] = ["serve", *options]
         if configuration is not None:
             basis = {"listeners": [f"127.0.0.1:{self.port}"], "admin": {"address": f"127.0.0.1:{self.admin_port}"}}
             self.configuration = {**basis, **configuration}
             file.write_text(yaml.safe_dump(self.configuration, sort_keys=False))
-            arguments += ["--config", file]
+            words += ["--config", file]
         homes = {"HOME": str(self.home), "XDG_STATE_HOME": str(self.home)}
-        self.child: Child = children.start(name, arguments, {"PYTHONPATH": str(REPOSITORY), **homes, **(env or {})})
+        self.child: Child = children.start_stickyproxy(name, *words, env={**homes, **(env or {})})
 
     @property
     def log(self) -> str:

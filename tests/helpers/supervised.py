@@ -8,14 +8,15 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from stickyproxy.config import Address, ConfigSource, Loaded
 from stickyproxy.control.supervisor import Supervisor
+from tests.helpers.metrics import total
 from tests.helpers.plain_client import PlainClient, ask
+from tests.helpers.proc import read_stat
 
 DEADLINE_S = 60.0
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -35,11 +36,8 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
 
 def is_running(process_id: int) -> bool:
     """Say whether a process lives; one that has ended and that nobody has waited for does not."""
-    try:
-        stat = Path(f"/proc/{process_id}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+    stat = read_stat(process_id)
+    return stat is not None and not stat.has_ended
 
 
 def write_sections(sections: Mapping[str, Any]) -> str:
@@ -100,9 +98,9 @@ class App:
         """The app as an upstream of a file."""
         return {"id": self.name, "url": self.url}
 
-    async def start(self) -> "App":
+    async def start(self) -> Self:
         """Begin to listen, at the same port as before if it did."""
-        self._server = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self.serve, "127.0.0.1", self.port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -114,7 +112,7 @@ class App:
 
     def crash(self) -> None:
         """End as a killed process does."""
-        self.stop()
+        App.stop(self)
         for writer in self._writers:
             writer.transport.abort()
 
@@ -122,26 +120,35 @@ class App:
         """Serve one connection."""
         self._writers.add(writer)
         try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                self.heads.append(head)
-                self.has_request.set()
-                if head.startswith("GET /ws "):
-                    writer.write(
-                        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                        b"X-App: " + self.name.encode() + b"\r\n\r\n"
-                    )
-                    await _echo(reader, writer)
-                    break
-                if head.startswith("GET /hold "):
-                    await self.released.wait()
-                body = self.name.encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            while await self.answer(reader, writer):
+                pass
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self._writers.discard(writer)
             writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Take one request and answer it; False where none can follow."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        self.heads.append(head)
+        self.has_request.set()
+        if head.startswith("GET /ws "):
+            await self.switch(reader, writer)
+            return False
+        if head.startswith("GET /hold "):
+            await self.released.wait()
+        body = self.name.encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        return True
+
+    async def switch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Open a tunnel and echo until it ends."""
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"X-App: " + self.name.encode() + b"\r\n\r\n"
+        )
+        await _echo(reader, writer)
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -162,6 +169,15 @@ class Tunnel:
         self.app = fields["x-app"]
         self._sent = 0
 
+    @classmethod
+    async def open(cls, client: PlainClient, cookie: str | None = None) -> Self:
+        """Make a tunnel of a connection."""
+        client.send("/ws", fields=HANDSHAKE | ({} if cookie is None else {"Cookie": cookie}))
+        async with asyncio.timeout(DEADLINE_S):
+            status, fields = await client.receive_head()
+        assert status == 101
+        return cls(client, fields)
+
     async def echo(self) -> None:
         """Send a masked text message and take it back."""
         self._sent += 1
@@ -180,12 +196,7 @@ class Tunnel:
 
 async def open_tunnel(port: int, cookie: str | None = None) -> Tunnel:
     """Open a tunnel; whoever does must close its client."""
-    client = await PlainClient.connect(port)
-    client.send("/ws", fields=HANDSHAKE | ({} if cookie is None else {"Cookie": cookie}))
-    async with asyncio.timeout(DEADLINE_S):
-        status, fields = await client.receive_head()
-    assert status == 101
-    return Tunnel(client, fields)
+    return await Tunnel.open(await PlainClient.connect(port), cookie)
 
 
 @asynccontextmanager
@@ -247,9 +258,4 @@ async def read_state(address: Address) -> dict[str, dict[str, Any]]:
 async def read_metric(address: Address, name: str, **labels: str) -> float:
     """Return the sum of the samples of `stickyproxy_<name>` that have these labels; 0 if there is none."""
     _, body = await read_admin(address, "/metrics")
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(body.decode())
-        for sample in family.samples
-        if sample.name == f"stickyproxy_{name}" and labels.items() <= sample.labels.items()
-    )
+    return total(body.decode(), name, **labels)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.helpers.certificates import Authority
+from tests.helpers.proc import Growth
 from tests.helpers.processes import Children, StickyProxy, free_port
 from tests.helpers.websocket_cases import MIB, content, far_from
 from tests.helpers.websocket_matrix import DEADLINE_S, Case, Conversation, Door, End, differences, observe, observe_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from tests.helpers.websocket_matrix import Verdict
 
@@ -50,15 +50,6 @@ class Site:
     @property
     def direct(self) -> Door:
         return Door(*self.listening.getsockname())
-
-    def memory_kib(self, name: str) -> int:
-        """Return the memory of the proxy: what it has now (VmRSS), or the most that it has had so far (VmHWM)."""
-        status = Path(f"/proc/{self.proxy.child.pid}/status").read_text()
-        return int(re.findall(rf"{name}:\s+([0-9]+) kB", status)[0])
-
-    def forget_peak_memory(self) -> None:
-        """Let VmHWM start again from what the proxy has now (man 5 proc: clear_refs)."""
-        Path(f"/proc/{self.proxy.child.pid}/clear_refs").write_text("5")
 
     async def compare(self, case: Case) -> tuple[Verdict, dict[str, tuple[Any, Any]]]:
         """Play a case both ways; return the direct verdict, and what is different through the proxy."""
@@ -167,11 +158,9 @@ async def play_blocked(site: Site, side: str) -> Verdict:
     The sender stands still, others are served meanwhile, and in the end all of it arrives.
     """
     direct = await Blocked(site, side, site.direct).play()
-    site.forget_peak_memory()
-    before_kib = site.memory_kib("VmRSS")
+    growth = Growth(site.proxy.child.pid)
     proxied = await Blocked(site, side, site.proxied).play()
-    grown_kib = site.memory_kib("VmHWM") - before_kib
-    assert grown_kib < LARGE // 8 // 1024, grown_kib
+    assert growth.kib < LARGE // 8 // 1024
     check_same(differences(direct, proxied))
     assert len(direct[f"{far_from(side)}: messages"]) == LARGE // MIB
     assert direct["client: close code"] == 1000

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench.abuse.kinds import Requests, all_kinds, plain_kinds
 from tests.bench.abuse.measure import Plan, Stage
-from tests.bench.abuse.table import Row, write_table
+from tests.bench.abuse.table import Row, write_report
 from tests.bench.abuse.verdict import Bases, compare
 from tests.bench.certificate import make_certificate
 from tests.bench.process import choose_cores, held_to, raise_file_limit
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = TARGETS["stickyproxy"]
     held = "nothing held to a core" if cores.proxy is None else f"proxy on core {cores.proxy}, the rest on {cores.rest}"
     versions = {target.name: target.version()}
-    facts = gather_facts(held=held, rounds=plan.batches, seconds=plan.seconds / plan.batches, versions=versions)
+    facts = gather_facts(versions, held=held, rounds=plan.batches, seconds=plan.seconds / plan.batches)
     try:
         with tempfile.TemporaryDirectory(prefix="abuse-") as folder, Children(Path(folder)) as children:
             certificate = make_certificate(Path(folder)) if find_program("openssl") else None
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = run(options, Stage(children, plan, certificate))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(write_table(rows, describe(facts), is_markdown=options.markdown))
+    print(write_report(rows, describe(facts), is_markdown=options.markdown))
     return 0 if all(row.is_good for row in rows) else 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tests.bench.abuse.verdict import LIMIT, NOTABLE
+from tests.bench.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ COLUMNS: Final = (
     "kind", "what", "us CPU", "x request", "x byte", "x read", "x client", "KiB held", "x idle", "x byte held",
     "bytes", "reads", "verdict",
 )  # fmt: skip
-_LEFT: Final = ("kind", "what", "verdict")
+_LEFT: Final = (0, 1, len(COLUMNS) - 1)  # kind, what, verdict
 LEGEND: Final = (
     "us CPU: of the proxy, for one request or connection; bytes, reads: what of it the proxy read, from both sides",
     "x request: in units of a plain request; x byte, x read: of what as many bytes or reads cost in plain requests",
@@ -76,21 +77,9 @@ def _ratio(value: float | None) -> str:
     return f"{value:,.2f}" if value < LIMIT else f"{value:,.0f}"
 
 
-def write_table(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
+def write_report(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
     """Return the report: facts, legend, table, and the failures and what is notable, one on each line."""
-    table = [list(COLUMNS), *map(cells, rows)]
-    if is_markdown:
-        rule = ["---" if name in _LEFT else "---:" for name in COLUMNS]
-        lines = ["| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]]]
-    else:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if name in _LEFT else cell.rjust(width)
-                for cell, width, name in zip(line, widths, COLUMNS, strict=True)
-            ).rstrip()
-            for line in table
-        ]
+    lines = write_table([COLUMNS, *map(cells, rows)], _LEFT, is_markdown=is_markdown)
     head = [f"- {line}" if is_markdown else line for line in (*facts, *LEGEND)]
     return "\n".join([*head, "", *lines, *_remarks(rows)])
 

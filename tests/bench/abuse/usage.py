@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.bench.process import cpu_s, process_tree
+from tests.helpers.proc import forget_peak, parse_status
 
 _PROC = Path("/proc")
-_RESET_PEAK = "5"  # proc(5), clear_refs: the peak becomes the present resident set
 _SETTLE_TIMEOUT_S = 5.0
 _SETTLE_STEP_S = 0.02
 _SETTLED_S = 0.000_3  # of CPU in one step: the ticks and probes of an idle proxy
@@ -38,12 +38,6 @@ def parse_io(text: str) -> tuple[int, int]:
     return int(values["syscr"]), int(values["rchar"])
 
 
-def parse_status(text: str, name: str) -> int:
-    """Return a size (KiB) in the text of /proc/PID/status; 0 if it is not there, as for a process that ended."""
-    match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) if match else 0
-
-
 def usage(pid: int) -> Usage:
     """Return the totals of a process and its descendants; raise OSError if one may not be looked at."""
     counts = [parse_io((_PROC / str(one) / "io").read_text()) for one in process_tree(pid)]
@@ -65,7 +59,7 @@ def resident_kib(pid: int) -> int:
     """Return the resident set now, of a process and its descendants, and let the peak begin anew."""
     total_kib = 0
     for one in process_tree(pid):
-        (_PROC / str(one) / "clear_refs").write_text(_RESET_PEAK)
+        forget_peak(one)
         total_kib += parse_status((_PROC / str(one) / "status").read_text(), "VmRSS")
     return total_kib
 

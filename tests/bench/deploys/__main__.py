@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = make_plan(options)
     raise_file_limit()
     versions = {name: package_version(name) for name in ("stickyproxy", "uvloop")}
-    facts = gather_facts(held="processes are held to no core", rounds=1, seconds=0, versions=versions)
+    facts = gather_facts(versions)
     result = None
     with tempfile.TemporaryDirectory(prefix="deploys-") as temporary:
         directory = options.directory or Path(temporary)
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     if result is None:
         return 128 + signal.SIGTERM
-    lines = [*describe_plan(plan), *(line for line in describe(facts) if not line.startswith("method"))]
+    lines = [*describe_plan(plan), *describe(facts)]
     print(write_report(result, lines, is_markdown=options.markdown))
     return 0 if is_good(result) else 1
 

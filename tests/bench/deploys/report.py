@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
+from tests.bench.tables import write_table
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -78,13 +80,9 @@ def is_good(result: Result) -> bool:
 def write_report(result: Result, facts: Sequence[str], *, is_markdown: bool) -> str:
     """Return the whole report."""
     lines = [*verdicts(result), *measures(result)]
-    if is_markdown:
-        head = [f"- {fact}" for fact in facts]
-        table = ["| | |", "| --- | ---: |", *(f"| {line.name} | {line.value} |" for line in lines)]
-    else:
-        width = max(len(line.name) for line in lines)
-        head = list(facts)
-        table = [f"{line.name.ljust(width)}  {line.value}{' (!)' if line.is_bad else ''}" for line in lines]
+    head = [f"- {fact}" if is_markdown else fact for fact in facts]
+    rows = [[line.name, f"{line.value} (!)" if line.is_bad else line.value] for line in lines]
+    table = write_table([["", ""], *rows], (0,), is_markdown=is_markdown)
     bad = [f"{line.name}: {line.value}" for line in verdicts(result) if line.is_bad]
     verdict = f"NOT GOOD: {'; '.join(bad)}" if bad else "good: all is zero that must be"
     return "\n".join([*head, "", *table, "", *result.problems, *result.tally.told, verdict])

@@ -8,24 +8,23 @@ import signal
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.tasks import spawn
 from tests.bench.deploys.visitors import Habits, Load, Tally
-from tests.bench.operations.tree import workers_of
-from tests.bench.process import parse_pss_kib, process_tree
+from tests.bench.process import own_pss_kib, process_tree
 from tests.bench.results import RunError
+from tests.helpers.proc import descriptors, read_stat, workers_of
 from tests.helpers.run_stage import RunStage, states
 from tests.helpers.supervised import SECRET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from tests.helpers.operated import Proxy
 
 FAULTS: Final = ("kill", "hurry")
-_PROC: Final = Path("/proc")
 _WAIT_S: Final = 60.0
 _LEFT_AFTER_S: Final = 5.0  # what has not gone by then, after what ended it has said so, counts as left
 _LOOK_S: Final = 0.05
@@ -73,11 +72,11 @@ class Seen:
     """The processes that were seen, so that those that are left can be told; a process id alone may be another's."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[int, str]] = set()
+        self._seen: set[tuple[int, int]] = set()
 
     def add(self, pids: Iterable[int]) -> None:
         """Remember processes."""
-        self._seen |= {(pid, began) for pid in pids if (began := _began(pid))}
+        self._seen |= {(pid, began) for pid in pids if (began := _began(pid)) is not None}
 
     @property
     def left(self) -> set[int]:
@@ -85,25 +84,16 @@ class Seen:
         return {pid for pid, began in self._seen if _began(pid) == began}
 
 
-def _began(pid: int) -> str:
-    """Return when a process began, as the system counts; nothing where it has ended."""
-    try:
-        fields = (_PROC / str(pid) / "stat").read_text().rpartition(") ")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+def _began(pid: int) -> int | None:
+    """Return when a process began; None where it has ended."""
+    stat = read_stat(pid)
+    return None if stat is None or stat.has_ended else stat.began
 
 
 def read_footprint(supervisor: int) -> Footprint:
     """Return what a proxy has now."""
-    workers = sum(map(_pss_kib, workers_of(supervisor)))
-    return Footprint(_pss_kib(supervisor), workers, len(list((_PROC / str(supervisor) / "fd").iterdir())))
-
-
-def _pss_kib(pid: int) -> int:
-    with suppress(OSError):
-        return parse_pss_kib((_PROC / str(pid) / "smaps_rollup").read_text())
-    return 0
+    workers = sum(map(own_pss_kib, workers_of(supervisor)))
+    return Footprint(own_pss_kib(supervisor), workers, descriptors(supervisor))
 
 
 async def perform(plan: Plan, directory: Path) -> Result:

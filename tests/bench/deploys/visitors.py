@@ -11,17 +11,17 @@ import asyncio
 import itertools
 import json
 import random
-import struct
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from typing_extensions import override
 
 from stickyproxy.tasks import spawn
-from tests.bench.reloads.messages import BINARY, CLOSE, HEAD_END, NUMBER, FrameReader, parse_head, write_frame
+from tests.bench.messages import NUMBER
 from tests.bench.results import RunError
+from tests.bench.tunnel import NumberedTunnel
 from tests.helpers.plain_client import AbortedError, PlainClient
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ _BETWEEN_S: Final = (0.0, 0.5)  # between two tunnels of a session
 _WITHOUT_TUNNEL_S: Final = 0.5  # between two requests where nothing else keeps the session
 _BACK_AFTER_S: Final = 0.1  # of whoever takes the place of a visitor that was lost
 _WAIT_S: Final = 30.0
-_SWITCHING: Final = 101
-_NORMAL: Final = struct.pack("!H", 1000)
+_NORMAL: Final = 1000
 _TOLD: Final = 8  # failures that are told in full
 
 
@@ -92,104 +91,57 @@ class Tally:
             self.told.append(text)
 
 
-class Tunnel(asyncio.Protocol):
-    """One WebSocket; `opened` is done when it is, with the app's id, or fails with RunError; `ended` when it has."""
+class Tunnel(NumberedTunnel):
+    """One WebSocket to an app, `app`, that echoes."""
 
     def __init__(self, tally: Tally, cookie: str, period_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self.opened: asyncio.Future[str] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self._loop, self._tally, self._cookie, self._period_s = loop, tally, cookie, period_s
-        self._head = bytearray()
-        self._frames = FrameReader()
-        self._sent_s = deque[float]()  # of the messages that have not come back
-        self._next = 0  # number of the next that comes back
-        self._code = "none"
-        self._is_leaving = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self.opened.done() and not self.ended.done()
+        super().__init__(cookie, period_s)
+        self.app = ""  # its id
+        self._tally = tally
 
     @override
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._transport.write(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nCookie: "
-            + self._cookie.encode()
-            + b"\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        if not self.opened.done():
-            self._head += data
-            head, end, data = bytes(self._head).partition(HEAD_END)
-            if not end:
-                return
-            self._on_head(head + end)
-        for opcode, payload in self._frames.feed(data):
-            self._on_frame(opcode, payload)
-
-    def _on_head(self, head: bytes) -> None:
-        if parse_head(head).status != _SWITCHING:
-            self.opened.set_exception(RunError(f"no 101 but {head[:100]!r}"))
-            self._transport.abort()
-            return
+    def on_open(self, head: bytes) -> None:
         self._tally.opened += 1
-        self.opened.set_result(head.lower().partition(b"x-app: ")[2].partition(b"\r\n")[0].decode())
-        self._send()
+        self.app = head.lower().partition(b"x-app: ")[2].partition(b"\r\n")[0].decode()
 
-    def _send(self) -> None:
-        if self._is_leaving or self._transport.is_closing():
-            return
-        number = self._next + len(self._sent_s)
-        self._transport.write(write_frame(BINARY, NUMBER.pack(number), is_masked=True))
-        self._sent_s.append(self._loop.time())
+    @override
+    def send(self, number: int) -> None:
+        super().send(number)
         self._tally.messages += 1
-        self._timer = self._loop.call_later(self._period_s, self._send)
 
-    def _on_frame(self, opcode: int, payload: bytes) -> None:
-        if opcode == CLOSE:
-            self._code = str(int.from_bytes(payload[:2], "big")) if payload else "1005"
-            self._transport.close()
-        elif opcode != BINARY or not self._sent_s or payload != NUMBER.pack(self._next):
+    @override
+    def on_message(self, payload: bytes) -> None:
+        away_s = self.take(*NUMBER.unpack(payload)) if len(payload) == NUMBER.size else None
+        if away_s is None:
             self._tally.wrong += 1
         else:
-            self._next += 1
-            self._tally.longest_echo_s = max(self._tally.longest_echo_s, self._loop.time() - self._sent_s.popleft())
-            self._say_goodbye()
+            self._tally.longest_echo_s = max(self._tally.longest_echo_s, away_s)
+            self._leave_if_quiet()
+
+    @override
+    def on_other(self, opcode: int, payload: bytes) -> None:
+        self._tally.wrong += 1
 
     async def leave(self) -> None:
         """End it as a client does, once every message has come back; raise TimeoutError where one does not."""
-        self._is_leaving = True
-        self._say_goodbye()
+        self._is_leaving = self._is_silent = True
+        self._leave_if_quiet()
         async with asyncio.timeout(_WAIT_S):
             await asyncio.shield(self.ended)
 
-    def _say_goodbye(self) -> None:
-        if self._is_leaving and not self._sent_s and not self._transport.is_closing():
-            self._transport.write(write_frame(CLOSE, _NORMAL, is_masked=True))
-
-    def abort(self) -> None:
-        """End it at once."""
-        self._transport.abort()
+    def _leave_if_quiet(self) -> None:
+        if self._is_leaving and self.is_quiet and not self._transport.is_closing():
+            self.say_goodbye()
 
     @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def on_end(self, exc: Exception | None) -> None:
         self._tally.lost += len(self._sent_s)
-        if not self.opened.done():
-            self.opened.set_exception(RunError(f"closed before it was open: {exc}"))
-        elif self.opened.exception() is None:
-            if self._is_leaving and self._code == "1000" and not self._sent_s:
-                self._tally.ended += 1
-            else:
-                self._tally.early[self._code] += 1
-                self._tally.tell(f"a tunnel to {self.opened.result()} ended early, Close code {self._code}: {exc}")
-        self.ended.set_result(None)
+        if self._is_leaving and self._code == _NORMAL and self.is_quiet:
+            self._tally.ended += 1
+        else:
+            code = "none" if self._code is None else str(self._code)
+            self._tally.early[code] += 1
+            self._tally.tell(f"a tunnel to {self.app} ended early, Close code {code}: {exc}")
 
 
 class Lost(Exception):  # noqa: N818 -- no error of this program
@@ -275,18 +227,18 @@ class Visitor:
         try:
             async with asyncio.timeout(_WAIT_S):
                 await loop.create_connection(lambda: make, "127.0.0.1", self._port)
-                app = await make.opened
+                await make.opened
         except (OSError, RunError, TimeoutError) as error:
             self._tally.refused += 1
             self._tally.tell(f"a tunnel did not open: {error}")
             raise Lost from error
         is_first, self.tunnel = self.tunnel is None, make
-        if app != self._facts["id"]:
+        if make.app != self._facts["id"]:
             if is_first and self._asked == 1:
                 self._tally.moved_at_once += 1
             elif loop.time() - self._kept_s < self._habits.idle_s:
                 self._tally.moved += 1
-                self._tally.tell(f"{self._name} was moved from {self._facts['id']} to {app} by its next tunnel")
+                self._tally.tell(f"{self._name} was moved from {self._facts['id']} to {make.app} by its next tunnel")
             else:
                 self._tally.unjudged += 1
             self._facts = {}  # its requests are counted anew there

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with it
     raise_file_limit()
     versions = {name: package_version(name) for name in ("stickyproxy", "uvloop")}
-    facts = gather_facts(held="processes are held to no core", rounds=1, seconds=plan.quiet_s, versions=versions)
+    facts = gather_facts(versions)
     with tempfile.TemporaryDirectory(prefix="operations-") as temporary:
         directory = options.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RunError, AssertionError, OSError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
-    lines = [describe_plan(plan), *(line for line in describe(facts) if not line.startswith("method"))]
+    lines = [describe_plan(plan), *describe(facts)]
     print(write_report(result, lines, os.cpu_count() or 1, is_markdown=options.markdown))
     return 0 if is_good(result) else 1
 

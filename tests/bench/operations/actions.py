@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.bench.operations.stage import SPARE
-from tests.bench.operations.tree import listens, ports_held, session_of, workers_of
 from tests.bench.programs import ROOT
 from tests.bench.results import RunError
+from tests.helpers.proc import listens, ports_held, session_of, workers_of
 from tests.helpers.processes import wait_until
 
 if TYPE_CHECKING:

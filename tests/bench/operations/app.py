@@ -146,15 +146,7 @@ async def serve(options: argparse.Namespace) -> None:
     """Serve until the process is ended."""
     app = App(options.name, options.log, Pace(options.period))
     await asyncio.get_running_loop().create_server(lambda: Front(app), "127.0.0.1", options.port, backlog=_BACKLOG)
-    words = {
-        "start": app.on_start,
-        "freeze": app.on_freeze,
-        "phase": app.on_phase,
-        "stop": app.on_stop,
-        "totals": app.on_totals,
-        "report": app.on_report,
-    }
-    await serve_words(options.words, words)
+    await serve_words(options.words, app)
 
 
 def main() -> None:

@@ -176,16 +176,7 @@ class Load:
 
 async def run(options: argparse.Namespace) -> None:
     """Do what it is told until the process is ended."""
-    load = Load(options)
-    words = {
-        "open": load.on_open,
-        "start": load.on_start,
-        "phase": load.on_phase,
-        "stop": load.on_stop,
-        "totals": load.on_totals,
-        "report": load.on_report,
-    }
-    await serve_words(options.words, words)
+    await serve_words(options.words, Load(options))
 
 
 def main() -> None:

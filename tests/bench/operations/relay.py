@@ -232,7 +232,7 @@ async def run(options: argparse.Namespace) -> None:
     relay = Relay(options.to, options.faults)
     loop = asyncio.get_running_loop()
     await loop.create_server(lambda: Side(relay, UP), "127.0.0.1", options.port, backlog=_BACKLOG)
-    await serve_words(options.words, {"strike": relay.on_strike, "struck": relay.on_struck})
+    await serve_words(options.words, relay)
 
 
 def main() -> None:

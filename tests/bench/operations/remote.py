@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any, Final
 from tests.bench.results import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
     from pathlib import Path
 
 _TIMEOUT_S: Final = 120.0
 
 
-async def serve_words(path: Path, words: Mapping[str, Callable[[str], Awaitable[Any]]]) -> None:
-    """Answer the words that come over this socket until the process ends; each is called with what follows it."""
+async def serve_words(path: Path, told: object) -> None:
+    """Answer the words that come over this socket until the process ends.
+
+    The word `start` is for the method `on_start` of whom is `told`, and so on; it is called with what follows the word.
+    """
 
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         word, _, rest = (await reader.readline()).decode().strip().partition(" ")
         if word:  # else somebody looked whether the program is there
-            answer = await words[word](rest)
+            answer = await getattr(told, f"on_{word}")(rest)
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
         writer.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.bench.operations.ledger import both
 from tests.bench.operations.pauses import spread
+from tests.bench.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,8 +151,8 @@ def write_report(result: Result, facts: Sequence[str], cores: int, *, is_markdow
     counts = [["", "", ""], *([line.name, _value(line), line.note] for line in (*verdicts(result), *measures(result)))]
     parts = [
         [f"- {fact}" if is_markdown else fact for fact in facts],
-        _table(counts, is_markdown=is_markdown),
-        _table(pauses(result), is_markdown=is_markdown),
+        write_table(counts, (0,), is_markdown=is_markdown),
+        write_table(pauses(result), (0,), is_markdown=is_markdown),
         remarks(result, cores),
     ]
     return "\n\n".join(("\n\n" if is_markdown and part is parts[-1] else "\n").join(part) for part in parts)
@@ -160,18 +161,6 @@ def write_report(result: Result, facts: Sequence[str], cores: int, *, is_markdow
 def _value(line: Line) -> str:
     text = f"{line.value:,}" if isinstance(line.value, int) else line.value
     return f"{text} (!)" if line.is_bad else text
-
-
-def _table(rows: list[list[str]], *, is_markdown: bool) -> list[str]:
-    if is_markdown:
-        rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-        return ["| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-        if any(row)
-    ]
 
 
 def _counted(counts: dict[str, int]) -> str:

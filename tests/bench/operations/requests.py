@@ -171,15 +171,7 @@ def judge(answer: Answer, target: str) -> Verdict:
 
 async def run(options: argparse.Namespace) -> None:
     """Do what it is told until the process is ended."""
-    requests = Requests(options)
-    words = {
-        "start": requests.on_start,
-        "phase": requests.on_phase,
-        "stop": requests.on_stop,
-        "totals": requests.on_totals,
-        "report": requests.on_report,
-    }
-    await serve_words(options.words, words)
+    await serve_words(options.words, Requests(options))
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tests.bench.operations.actions import OPERATIONS, Outcome, wait_for
 from tests.bench.operations.ledger import Tally, compare
 from tests.bench.operations.pauses import Span, Worst, cut_up, percentile, worst_in
-from tests.bench.operations.tree import Footprint, busy_s, footprint
-from tests.bench.process import cpu_s
+from tests.bench.process import Footprint, busy_s, cpu_s, footprint
 from tests.bench.results import RunError
 
 if TYPE_CHECKING:

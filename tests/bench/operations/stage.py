@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from tests.bench.operations.remote import ask, is_there
-from tests.bench.operations.tree import session_of
 from tests.bench.programs import ROOT
 from tests.bench.results import RunError
+from tests.helpers.proc import session_of
 from tests.helpers.processes import Children, StickyProxy, free_port, wait_until
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ class Stage:
     @property
     def upstream_ids(self) -> set[str]:
         """The upstreams that the proxy has now, as it says itself."""
-        clusters = self.proxy.state()["clusters"]
-        found = clusters.values() if isinstance(clusters, dict) else clusters
-        return {upstream["id"] for cluster in found for upstream in cluster["upstreams"]}
+        return set(self.proxy.upstreams())
 
     def _start_app(self, name: str, log: Path) -> Program:
         log.touch()

@@ -21,7 +21,7 @@ from tests.bench.process import raise_file_limit
 from tests.bench.programs import HOW_TO_GET
 from tests.bench.reloads.peers import CONTROLS, PEERS, Kind, lacking_commands, with_limit
 from tests.bench.reloads.run import Plan, run
-from tests.bench.reloads.table import Row, legend, write_table
+from tests.bench.reloads.table import Row, legend, write_report
 from tests.bench.report import describe, gather_facts
 from tests.bench.results import RunError
 from tests.bench.targets import TARGETS
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
     plan = Plan(options.times, options.tunnels, options.renewed, interval_s=options.interval, watch_s=options.watch)
     versions = {name: TARGETS[name].version() for name in options.targets if TARGETS[name].is_installed()}
-    facts = gather_facts(held="nothing held to a core", rounds=1, seconds=plan.watch_s, versions=versions)
+    facts = gather_facts(versions)
     rows = []
     try:
         with tempfile.TemporaryDirectory(prefix="reloads-") as folder, Children(Path(folder)) as children:
@@ -127,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(Row(peer.name, operation.title, failure=reason) if reason else one(peer, operation))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    lines = [line for line in describe(facts) if not line.startswith("method: ")]
-    print(write_table(rows, [*lines, *legend(plan)], is_markdown=options.markdown))
+    print(write_report(rows, [*describe(facts), *legend(plan)], is_markdown=options.markdown))
     miscounts = find_miscounts(rows, plan.tunnels)
     for text in miscounts:
         print(text, file=sys.stderr)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from websockets.utils import accept_key
 
 from tests.bench.apps import BACKLOG
-from tests.bench.reloads.messages import (
+from tests.bench.messages import (
     ANSWER,
     BINARY,
     CLOSE,

@@ -8,24 +8,20 @@ upgrade is no descendant of anything once the old process has gone.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.bench.process import parse_pss_kib
+from tests.bench.process import own_pss_kib
+from tests.helpers.proc import LISTENING, inodes_of, living, read_stat, sockets_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from tests.helpers.processes import Child, Children
 
-_PROC: Final = Path("/proc")
-_SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
-_LISTENING: Final = "0A"
-_ENDED: Final = frozenset("ZX")
 _END_TIMEOUT_S: Final = 15.0
 _POLL_S: Final = 0.02
 
@@ -35,23 +31,6 @@ class Usage(NamedTuple):
 
     processes: int
     kib: int
-
-
-def parse_stat(text: str) -> tuple[str, int]:
-    """Return the state and the session of a process, from /proc/PID/stat."""
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return fields[0], int(fields[3])
-
-
-def parse_tcp(text: str, port: int) -> dict[str, int]:
-    """Return what /proc/net/tcp says of the connections that were accepted on `port`: inode to the client's port."""
-    found = {}
-    for line in text.splitlines()[1:]:
-        fields = line.split()
-        local, remote = (int(address.rpartition(":")[2], 16) for address in fields[1:3])
-        if local == port and fields[3] != _LISTENING:
-            found[fields[9]] = remote
-    return found
 
 
 class Family:
@@ -83,14 +62,7 @@ class Family:
     def pids(self) -> list[int]:
         """Return the processes that live, in the order of their ids."""
         self._sessions |= self._read_pid_file()
-        found: dict[int, int] = {}  # to the session
-        for entry in _PROC.iterdir():
-            if not entry.name.isdecimal():
-                continue
-            with suppress(OSError):  # it ended meanwhile
-                state, session = parse_stat((entry / "stat").read_text())
-                if state not in _ENDED and session in self._sessions:
-                    found[int(entry.name)] = session
+        found = {pid: stat.session for pid, stat in living() if stat.session in self._sessions}
         # The id of a session without a member may be given to a stranger.
         self._sessions = set(found.values()) | {child.pid for child in self._started if child.is_running()}
         return sorted(found)
@@ -99,29 +71,21 @@ class Family:
         """Return the session of the process in the background, if it has begun one."""
         if self._pid_file is None:
             return set()
-        with suppress(OSError, ValueError):  # not written yet, or its process has ended
+        with suppress(OSError, ValueError):  # not written yet
             pid = int(self._pid_file.read_text())
-            _, session = parse_stat((_PROC / str(pid) / "stat").read_text())
-            return {session} if session == pid or session in self._sessions else set()
+            stat = read_stat(pid)
+            if stat is not None and (stat.session == pid or stat.session in self._sessions):
+                return {stat.session}
         return set()
 
     def usage(self) -> Usage:
         pids = self.pids()
-        total_kib = 0
-        for pid in pids:
-            with suppress(OSError):
-                total_kib += parse_pss_kib((_PROC / str(pid) / "smaps_rollup").read_text())
-        return Usage(len(pids), total_kib)
+        return Usage(len(pids), sum(map(own_pss_kib, pids)))
 
     def holders(self, port: int) -> dict[int, int]:
         """Return which process holds each connection that was accepted on `port`: the client's port to a pid."""
-        clients = parse_tcp((_PROC / "net" / "tcp").read_text(), port)
-        held = {}
-        for pid in self.pids():
-            for inode in _socket_inodes(pid):
-                if inode in clients:
-                    held[clients[inode]] = pid
-        return held
+        clients = {one.inode: one.remote_port for one in sockets_on(port) if one.state != LISTENING}
+        return {clients[inode]: pid for pid in self.pids() for inode in inodes_of(pid) if inode in clients}
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to each of the processes."""
@@ -141,16 +105,6 @@ class Family:
             child.wait()
         if self._pid_file is not None:
             self._pid_file.unlink(missing_ok=True)
-
-
-def _socket_inodes(pid: int) -> list[str]:
-    found = []
-    with suppress(OSError):
-        for entry in os.scandir(_PROC / str(pid) / "fd"):
-            with suppress(OSError):
-                if match := _SOCKET.fullmatch(str(Path(entry.path).readlink())):
-                    found.append(match[1])
-    return found
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.tasks import spawn
-from tests.bench.reloads.messages import HEAD_END, parse_head
+from tests.bench.messages import HEAD_END, parse_head
 from tests.bench.results import RunError
 
 if TYPE_CHECKING:

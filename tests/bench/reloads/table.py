@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tests.bench.reloads.run import AT_ONCE_S
+from tests.bench.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,17 +90,9 @@ def _steps(values: Iterable[int]) -> str:
     return " → ".join(map(str, values))
 
 
-def write_table(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
+def write_report(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
     """Return the report: facts, table, and below it what a run complained of or why it failed."""
-    table = [list(COLUMNS), *map(cells, rows)]
-    if is_markdown:
-        rule = ["---" if place < 2 else "---:" for place in range(len(COLUMNS))]
-        lines = ["| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]]]
-    else:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
+    lines = write_table([COLUMNS, *map(cells, rows)], (0, 1), is_markdown=is_markdown)
     head = [f"- {fact}" if is_markdown else fact for fact in facts]
     return "\n".join([*head, "", *lines, *_remarks(rows)])
 

@@ -6,28 +6,17 @@ A cut is every end of an open WebSocket that its client did not ask for, with a 
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from stickyproxy.tasks import spawn
-from tests.bench.reloads.messages import (
-    ANSWER,
-    BINARY,
-    CLOSE,
-    HEAD_END,
-    NUMBER,
-    PING,
-    PONG,
-    FrameReader,
-    parse_head,
-    write_frame,
-)
+from tests.bench.messages import ANSWER, PING, PONG, parse_head, write_frame
 from tests.bench.results import RunError
+from tests.bench.tunnel import NumberedTunnel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,9 +24,7 @@ if TYPE_CHECKING:
 PERIOD_S: Final = 0.1
 WAIT_S: Final = 30.0
 _BACK_AFTER_S: Final = 0.1
-_SWITCHING: Final = 101
 _POLL_S: Final = 0.02
-_NORMAL: Final = struct.pack("!H", 1000)
 
 
 @dataclass
@@ -58,127 +45,67 @@ class Tally:
         return sum(any(begin_s <= at_s <= end_s for begin_s, end_s in windows_s) for at_s in self.cuts_s)
 
 
-class Tunnel(asyncio.Protocol):
-    """One WebSocket; `opened` and `ended` are done when it is, and `opened` fails with RunError if it never is."""
+class Tunnel(NumberedTunnel):
+    """One WebSocket to the application, which adds to each number the port that answers."""
 
     def __init__(self, tally: Tally, cookie: str) -> None:
-        loop = asyncio.get_running_loop()
-        self.opened: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self.cookie = cookie
+        super().__init__(cookie, PERIOD_S)
         self.port = 0  # of the client's side
         self.upstream_port = 0  # that answered last
-        self._loop, self._tally = loop, tally
-        self._head = bytearray()
-        self._frames = FrameReader()
-        self._sent_s: list[float] = []  # of the messages without an answer
-        self._next_number = 0  # of the next answer
-        self._code: int | None = None
-        self._is_leaving = False
-        self._is_silent = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self.opened.done() and not self.ended.done()
-
-    @property
-    def is_quiet(self) -> bool:
-        """Return whether nothing that was sent still waits for its answer."""
-        return not self._sent_s
-
-    def be_silent(self) -> None:
-        """Send no more messages."""
-        self._is_silent = True
+        self._tally = tally
 
     def leave(self) -> None:
         """End it as a browser does that leaves the page; what waits for an answer is waited for."""
         self._is_leaving = self._is_silent = True
         if self.is_quiet and self.is_open:
-            self._say_goodbye()
+            self._leave_now()
 
-    def abort(self) -> None:
-        """End it at once, uncounted."""
-        self._is_leaving = True
-        self._transport.abort()
-
-    @override
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self.port = transport.get_extra_info("sockname")[1]
-        cookie = f"Cookie: {self.cookie}\r\n" if self.cookie else ""
-        self._transport.write(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n" + cookie.encode() + b"\r\n"
-        )
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        if not self.opened.done():
-            self._head += data
-            head, end, data = bytes(self._head).partition(HEAD_END)
-            if not end:
-                return
-            self._on_head(head + end)
-        for opcode, payload in self._frames.feed(data):
-            self._on_frame(opcode, payload)
-
-    def _on_head(self, text: bytes) -> None:
-        head = parse_head(text)
-        if head.status != _SWITCHING:
-            self.opened.set_exception(RunError(f"no 101 but {text[:100]!r}"))
-            self._transport.abort()
-            return
-        self.cookie = head.cookie or self.cookie
-        self._tally.opened += 1
-        self.opened.set_result(None)
-        self._send()
-
-    def _send(self) -> None:
-        if self._is_silent or self._transport.is_closing():
-            return
-        number = self._next_number + len(self._sent_s)
-        self._transport.write(write_frame(BINARY, NUMBER.pack(number), is_masked=True))
-        self._sent_s.append(self._loop.time())
-        self._timer = self._loop.call_later(PERIOD_S, self._send)
-
-    def _on_frame(self, opcode: int, payload: bytes) -> None:
-        if opcode == BINARY:
-            self._on_answer(*ANSWER.unpack(payload))
-        elif opcode == PING:
-            self._transport.write(write_frame(PONG, payload, is_masked=True))
-        elif opcode == CLOSE:
-            self._code = int.from_bytes(payload[:2], "big") if payload else 1005
-            if not self._is_leaving:
-                self._transport.write(write_frame(CLOSE, payload, is_masked=True))
-            self._transport.close()
-
-    def _on_answer(self, number: int, upstream_port: int) -> None:
-        self.upstream_port = upstream_port
-        if number != self._next_number or not self._sent_s:
-            self._tally.wrong += 1
-            return
-        self._next_number += 1
-        self._tally.answered += 1
-        self._tally.longest_s = max(self._tally.longest_s, self._loop.time() - self._sent_s.pop(0))
-        if self._is_leaving and self.is_quiet:
-            self._say_goodbye()
-
-    def _say_goodbye(self) -> None:
-        self._transport.write(write_frame(CLOSE, _NORMAL, is_masked=True))
+    def _leave_now(self) -> None:
+        self.say_goodbye()
         self._transport.close()
 
     @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def abort(self) -> None:
+        """End it at once, uncounted."""
+        self._is_leaving = True
+        super().abort()
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.port = transport.get_extra_info("sockname")[1]
+        super().connection_made(transport)
+
+    @override
+    def on_open(self, head: bytes) -> None:
+        self.cookie = parse_head(head).cookie or self.cookie
+        self._tally.opened += 1
+
+    @override
+    def on_message(self, payload: bytes) -> None:
+        self._on_answer(*ANSWER.unpack(payload))
+
+    @override
+    def on_other(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING:
+            self._transport.write(write_frame(PONG, payload, is_masked=True))
+
+    def _on_answer(self, number: int, upstream_port: int) -> None:
+        self.upstream_port = upstream_port
+        away_s = self.take(number)
+        if away_s is None:
+            self._tally.wrong += 1
+            return
+        self._tally.answered += 1
+        self._tally.longest_s = max(self._tally.longest_s, away_s)
+        if self._is_leaving and self.is_quiet:
+            self._leave_now()
+
+    @override
+    def on_end(self, exc: Exception | None) -> None:
         self._tally.unanswered += len(self._sent_s)
-        if not self.opened.done():
-            self.opened.set_exception(RunError(f"closed before it was open: {exc}"))
-        elif self.opened.exception() is None and not self._is_leaving:
+        if not self._is_leaving:
             self._tally.cuts_s.append(self._loop.time())
             self._tally.codes[self._code] += 1
-        self.ended.set_result(None)
 
 
 class Visitor:

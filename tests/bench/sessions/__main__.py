@@ -25,6 +25,7 @@ from tests.bench.report import describe, gather_facts
 from tests.bench.results import RunError
 from tests.bench.sessions.browser import Browser, Outcome
 from tests.bench.sessions.servers import HOW_TO_GET, SERVERS, Pythons, Server, prepare
+from tests.bench.tables import write_table
 from tests.helpers.processes import Children
 
 if TYPE_CHECKING:
@@ -134,17 +135,9 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def write_table(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
+def write_report(rows: Sequence[Row], facts: Sequence[str], *, is_markdown: bool) -> str:
     """Return the report: facts, the table, and why a server could not be seen."""
-    table = [list(COLUMNS), *map(cells, rows)]
-    if is_markdown:
-        table.insert(1, ["---", *["---:"] * (len(COLUMNS) - 2), "---"])
-        lines = ["| " + " | ".join(line) + " |" for line in table]
-    else:
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
+    lines = write_table([COLUMNS, *map(cells, rows)], (0, len(COLUMNS) - 1), is_markdown=is_markdown)
     failures = [f"{row.server.name}: {row.failure}" for row in rows if row.failure]
     return "\n".join([*(f"- {fact}" for fact in facts), "", *lines, *(["", *failures] if failures else [])])
 
@@ -231,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(options.clients, options.processes, options.at_a_time, options.patience, options.keep)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped
     versions = {server.name: server.version(pythons) for server in SERVERS.values() if server.is_installed(pythons)}
-    facts = gather_facts(held="processes are held to no core", rounds=1, seconds=0, versions=versions)
+    facts = gather_facts(versions)
     with tempfile.TemporaryDirectory(prefix="sessions-") as temporary:
         directory = options.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -241,8 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
         rows = run(options, plan, directory)
-    lines = [line for line in describe(facts) if not line.startswith("method")]
-    print(write_table(rows, [*lines, *legend(plan)], is_markdown=options.markdown))
+    print(write_report(rows, [*describe(facts), *legend(plan)], is_markdown=options.markdown))
     return 0 if is_shown(rows) else 1
 
 
