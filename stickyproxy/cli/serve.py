@@ -40,6 +40,13 @@ def _proxy_options(config_help: str) -> Callable[[F], F]:
         click.option(
             "--control", metavar="PATH", help="The Unix socket for commands, or off (default: by process id)."
         ),
+        click.option(
+            "--preset",
+            "presets",
+            metavar="NAME",
+            multiple=True,
+            help="What a framework needs, by its name (see `stickyproxy presets`); may be given more than once.",
+        ),
     )
 
     def add(function: F) -> F:
@@ -68,6 +75,19 @@ def serve(urls: tuple[str, ...], take_over: Path | None, **given: Any) -> None:
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("-w", "--processes", metavar="N", help="How many app processes (default 1, or as the file says).")
+@click.option(
+    "--reload", is_flag=True, default=None, help="For development: deploy the app anew when its *.py files change."
+)
+@click.option(
+    "--reload-dir",
+    "reload_directories",
+    metavar="DIR",
+    multiple=True,
+    help="Where its files are (default: the working directory); may be given more than once, as the next.",
+)
+@click.option(
+    "--reload-include", metavar="PATTERN", multiple=True, help="Files that count beside *.py, as in '*.html'."
+)
 @_proxy_options("The YAML file; optional with a command.")
 @click.argument("command", nargs=-1, metavar="[--] [COMMAND ...]", type=click.UNPROCESSED)
 def run(command: tuple[str, ...], processes: str | None, **given: Any) -> None:
@@ -80,6 +100,8 @@ def run(command: tuple[str, ...], processes: str | None, **given: Any) -> None:
     \b
     stickyproxy run -w 4 -- chainlit run app.py --headless --port {port}
     stickyproxy run -w 4 -- uvicorn main:app --uds {socket}
+    stickyproxy run -w 4 --preset streamlit -- streamlit run app.py
+    stickyproxy run --reload -- uvicorn main:app --port {port}
     """  # noqa: D301 -- click takes a real backspace for "leave these lines alone"
     with clear_errors():
         if not _went_on():
@@ -90,9 +112,9 @@ def run(command: tuple[str, ...], processes: str | None, **given: Any) -> None:
             _start(loaded)
 
 
-def _overrides(config_file: Path | None, workers: str | None, **addresses: str | None) -> dict[str, Any]:
+def _overrides(config_file: Path | None, workers: str | None, **others: Any) -> dict[str, Any]:
     """Return the fields of a ConfigSource that both commands have."""
-    return {"path": config_file, "workers": _as_number(workers), **addresses}
+    return {"path": config_file, "workers": _as_number(workers), **others}
 
 
 def _as_number(text: str | None) -> int | str | None:

@@ -1,9 +1,9 @@
 """The configuration: YAML in, one frozen `Config` out, or every mistake with its line.
 
-Others import from here. `load.py` is the entry, `schema.py` the whole; `document.py` reads YAML, `fields.py`,
-`units.py`, `address.py` and `secret.py` read single values, `explain.py` words the mistakes. `source.py` says what a
-configuration is made from, so that it can be made again; `difference.py` what has changed then, in the words of
-`written.py`.
+Others import from here. `load.py` is the entry, `schema.py` the whole; `document.py` reads YAML, `preset.py` puts what
+frameworks need under it; `fields.py`, `units.py`, `address.py` and `secret.py` read single values, `explain.py` words
+the mistakes. `source.py` says what a configuration is made from, so that it can be made again; `difference.py` what has
+changed then, in the words of `written.py`.
 """
 
 from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
@@ -16,6 +16,7 @@ from stickyproxy.config.listener import Listener
 from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.loaded import Loaded
 from stickyproxy.config.overrides import with_overrides
+from stickyproxy.config.preset import PRESETS, describe_preset, preset_text
 from stickyproxy.config.run import MAX_PROCESSES, Command, PortRange, Processes, Ready, Run, Stop, read_pace
 from stickyproxy.config.schema import AccessLog, Admin, Config
 from stickyproxy.config.source import ConfigSource
@@ -27,6 +28,7 @@ from stickyproxy.config.websocket import Ping, WebSocket
 
 __all__ = [
     "MAX_PROCESSES",
+    "PRESETS",
     "AccessLog",
     "Address",
     "Admin",
@@ -60,6 +62,7 @@ __all__ = [
     "Upstream",
     "UpstreamTls",
     "WebSocket",
+    "describe_preset",
     "find_changes",
     "find_unreloadable",
     "json_schema",
@@ -69,6 +72,7 @@ __all__ = [
     "parse_listener",
     "parse_size",
     "parse_upstream_url",
+    "preset_text",
     "read_pace",
     "with_overrides",
 ]

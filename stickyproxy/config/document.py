@@ -45,11 +45,13 @@ class Document:
 
     `lines` says where each value stands, counted from 1; a value with a key stands where its key does. `mistakes` are
     the faults that left a value to go on with, such as a key given twice: report them with those of the schema.
+    `presets` names the preset of each value that comes from one and stands on no line.
     """
 
     value: object
     lines: Mapping[PathInFile, int]
     mistakes: tuple[ConfigError, ...]
+    presets: Mapping[PathInFile, str] = field(default_factory=dict)
 
 
 def read_document(text: str) -> Document:

@@ -29,17 +29,19 @@ class ConfigError:
     """One mistake: where it stands, and what to write instead.
 
     `path_in_file` is like `upstreams[1].weight`, "" for the file as a whole, or the name of an option of the command
-    line. `line` counts from 1; None where no line can be named.
+    line. `line` counts from 1; None where no line can be named. `preset` names the preset that the value comes from, ""
+    where it comes from none.
     """
 
     path_in_file: str
     line: int | None
     message: str
+    preset: str = ""
 
     @override
     def __str__(self) -> str:
-        where = [f"line {self.line}"] if self.line else []
-        return ": ".join([*where, *([self.path_in_file] if self.path_in_file else []), self.message])
+        where = [f"line {self.line}" if self.line else "", f"preset {self.preset}" if self.preset else ""]
+        return ": ".join(part for part in (*where, self.path_in_file, self.message) if part)
 
 
 class ConfigErrors(UsageError):  # noqa: N818 - it carries all mistakes of a file, each a ConfigError

@@ -7,6 +7,7 @@ Placeholders in it stand until a process is started: see `placeholders.py`. What
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self
@@ -19,6 +20,7 @@ from stickyproxy.config.errors import Mistake, PathInFile
 from stickyproxy.config.fields import (
     PATH_PATTERN,
     AlsoWritten,
+    OrFalse,
     Read,
     Seconds,
     SecondsOrOff,
@@ -258,6 +260,44 @@ class Stop(Section):
     timeout_s: SecondsOrZero = in_seconds("10s", "What is left of the group after so long is killed.")
 
 
+def _read_directories(raw: object) -> tuple[Path, ...]:
+    return read_items(raw, read_path, "a list of directories")
+
+
+_pattern = text(r"[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]*", 'a pattern of files such as *.html, not from "/" on')
+
+
+def _read_patterns(raw: object) -> tuple[str, ...]:
+    return read_items(raw, lambda item: str(_pattern.read(item)), "a list of patterns")
+
+
+class Reload(Section):
+    """How the app is deployed anew when its files change, for development."""
+
+    expected: ClassVar[str] = "true, false or a mapping of keys"
+
+    directories: Annotated[
+        tuple[Path, ...],
+        Read(_read_directories, {"type": "array", "items": {"type": "string", "pattern": f"^(?:{PATH_PATTERN})$"}}),
+    ] = Field(
+        default=(),
+        json_schema_extra={"default": []},
+        description="Where its files are, with all that is below; none: the working directory of the app.",
+    )
+    include: Annotated[tuple[str, ...], Read(_read_patterns, {"type": "array", "items": _pattern.json_schema})] = Field(
+        default=(),
+        json_schema_extra={"default": []},
+        description="Patterns of the files that count beside *.py, such as *.html or templates/*.css.",
+    )
+
+    @model_validator(mode="after")
+    def _check_package(self) -> Self:
+        """Refuse what cannot be done here: a start, a reload or an upgrade says so before anything has changed."""
+        if find_spec("watchfiles") is None:
+            raise ValueError("to watch files needs the package watchfiles: pip install 'stickyproxy[reload]'")
+        return self
+
+
 def read_pace(raw: object) -> float:
     """Return how many a second `20/s`, or a plain number, means. Raises `ValueError`."""
     number = 0.0
@@ -350,6 +390,12 @@ class Run(Section):
         json_schema_extra={"default": "20/s"},
         description="How many clients are closed in a second when the drain timeout is over.",
     )
+    reload: OrFalse[Reload] = Field(
+        default=None,
+        json_schema_extra={"default": False},
+        description="Whether the app is deployed anew when its files change, for development: true, false or a mapping "
+        "of keys.",
+    )
 
     @property
     def uses_port(self) -> bool:
@@ -370,9 +416,14 @@ class Run(Section):
                 yield path, "{port} and {socket} together: an app process listens at one of them"
                 return
 
+    def find_unwatched(self) -> Iterator[Mistake]:
+        """Yield a mistake where the files of the app are to be watched, and nothing says where they are."""
+        if self.reload is not None and not self.reload.directories and placeholders(str(self.cwd or "")):
+            yield ("reload",), "cwd has placeholders: say in directories where the files of the app are"
+
     @model_validator(mode="after")
-    def _check_place(self) -> Self:
-        if mistakes := list(self.find_second_place()):
+    def _check_together(self) -> Self:
+        if mistakes := [*self.find_second_place(), *self.find_unwatched()]:
             refuse(mistakes)
         return self
 

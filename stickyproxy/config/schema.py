@@ -44,6 +44,7 @@ from stickyproxy.config.fields import (
 from stickyproxy.config.health import Health
 from stickyproxy.config.limits import Limits, Timeouts
 from stickyproxy.config.listener import Listener, read_listeners
+from stickyproxy.config.preset import PRESETS, read_presets
 from stickyproxy.config.run import Run
 from stickyproxy.config.secret import Sources, read_token
 from stickyproxy.config.trust import Forwarded, TrustedProxies, read_trusted_proxies
@@ -118,6 +119,14 @@ def read_workers(raw: object) -> object:
 class Config(Section):
     """The configuration of one proxy. The defaults alone are a valid one, but without upstreams it serves nobody."""
 
+    presets: Annotated[
+        tuple[str, ...],
+        Read(read_presets, {"anyOf": [{"enum": list(PRESETS)}, {"type": "array", "items": {"enum": list(PRESETS)}}]}),
+    ] = Field(
+        default=(),
+        description="What the frameworks of the app need, by their names: each stands under all that the file says, "
+        "and those named later go over those named earlier. `stickyproxy presets` lists them.",
+    )
     listeners: Annotated[
         tuple[Annotated[Listener, AlsoWritten({"type": "string"})], ...], BeforeValidator(read_listeners)
     ] = Field(

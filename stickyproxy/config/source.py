@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stickyproxy.config.errors import ConfigError, ConfigErrors
 from stickyproxy.config.load import load_text, read_file
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class ConfigSource:
     """The path of the file, None where there is none, and what the command line says over it.
 
-    The overrides are as `with_overrides` takes them. `path` and `control` are made absolute, because a reload may
-    happen in another working directory than the start; links are left as they are, because one that is pointed to
-    another file means that file. Raises `ConfigErrors` where the working directory is gone.
+    The overrides are as `with_overrides` takes them. `path`, `control` and `reload_directories` are made absolute,
+    because a reload may happen in another working directory than the start; links are left as they are, because one
+    that is pointed to another file means that file. Raises `ConfigErrors` where the working directory is gone.
     """
 
     path: Path | None = None
@@ -35,8 +35,12 @@ class ConfigSource:
     admin: str | None = None
     workers: int | str | None = None
     control: str | None = None
+    presets: tuple[str, ...] = ()
     command: tuple[str, ...] | None = None
     processes: int | str | None = None
+    reload: bool | None = None
+    reload_directories: tuple[str, ...] = ()
+    reload_include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -45,6 +49,8 @@ class ConfigSource:
             object.__setattr__(self, "path", _absolute(self.path, "--config"))
         if self.control is not None and self.control != "off":
             object.__setattr__(self, "control", str(_absolute(Path(self.control), "--control")))
+        directories = tuple(str(_absolute(Path(one), "--reload-dir")) for one in self.reload_directories)
+        object.__setattr__(self, "reload_directories", directories)
 
     def load(self, env: Mapping[str, str]) -> Config:
         """Read the file, and those that it names, and return the configuration.
@@ -63,7 +69,8 @@ class ConfigSource:
 
         `known` holds the secrets that are not read again, and gets those that are.
         """
-        config = load_text(text, env, source="" if self.path is None else str(self.path), known=known)
+        source = "" if self.path is None else str(self.path)
+        config = load_text(text, env, source, known, presets=self.presets, command=self.command)
         return with_overrides(
             config,
             urls=self.urls,
@@ -71,8 +78,12 @@ class ConfigSource:
             admin=self.admin,
             workers=self.workers,
             control=self.control,
+            presets=self.presets,
             command=self.command,
             processes=self.processes,
+            reload=self.reload,
+            reload_directories=self.reload_directories,
+            reload_include=self.reload_include,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -83,7 +94,10 @@ class ConfigSource:
         plain = {
             "path": None if self.path is None else str(self.path),
             "urls": list(self.urls),
+            "presets": list(self.presets),
             "command": list(self.command or ()),
+            "reload_directories": list(self.reload_directories),
+            "reload_include": list(self.reload_include),
         }
         given = {field.name: plain.get(field.name, getattr(self, field.name)) for field in fields(self)}
         return {name: value for name, value in given.items() if value not in (None, [])}
@@ -96,10 +110,12 @@ class ConfigSource:
         for name, value in raw.items():
             if not _is_right(name, value):
                 raise ValueError(f"the source of a configuration does not hold {name!r}, or not so")
-        given = dict(raw)
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()
+        }
         if "path" in given:
             given["path"] = Path(given["path"])
-        return cls(**{**given, "urls": tuple(given.get("urls", ())), "command": tuple(given.get("command", ()))})
+        return cls(**given)
 
 
 def _absolute(path: Path, option: str) -> Path:
@@ -121,7 +137,11 @@ def _is_right(name: str, value: object) -> bool:
             return True
         case (("workers" | "processes"), int()):
             return not isinstance(value, bool)
-        case (("urls" | "command"), list()):
+        case "reload", bool():
+            return True
+        case "reload_directories", list():
+            return all(isinstance(item, str) and item.startswith("/") for item in value)
+        case (("urls" | "presets" | "command" | "reload_include"), list()):
             return all(isinstance(item, str) for item in value)
         case _:
             return False

@@ -7,8 +7,8 @@ from stickyproxy.cli import main
 from tests.cli.running import run, run_process
 
 COMMANDS = (
-    *("check", "demo", "deploy", "drain", "logs", "ready", "reload", "restart", "run"),
-    *("scale", "schema", "serve", "status", "upgrade", "version"),
+    *("check", "demo", "deploy", "drain", "logs", "presets", "ready", "reload", "restart"),
+    *("run", "scale", "schema", "serve", "status", "upgrade", "version"),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from stickyproxy import __version__
 from stickyproxy.cli import serve
 from stickyproxy.config import Address, Config, ConfigSource, Loaded
+from stickyproxy.config.run import Reload
 from stickyproxy.control.inheritance import Inheritance
 from stickyproxy.control.messages import PROTOCOL
 from stickyproxy.errors import AppError
@@ -104,6 +105,18 @@ def test_serve_takes_over_from_the_proxy_that_is_named(monkeypatch: pytest.Monke
     assert given == [Path("/run/a.hand-over"), None]
 
 
+def test_serve_takes_presets_in_place_of_those_of_the_file(served: list[Config], tmp_path: Path) -> None:
+    path = tmp_path / "good.yaml"
+    path.write_text("presets: panel\nupstreams: [http://127.0.0.1:1]")
+    assert run("serve", "--config", path).exit_code == 0
+    assert run("serve", "--config", path, "--preset", "gradio", "--preset", "engineio").exit_code == 0
+    of_file, changed = served
+    assert (of_file.presets, of_file.websocket.origins) == (("panel",), ("same-host",))
+    assert (changed.presets, changed.websocket.origins, changed.run) == (("gradio", "engineio"), None, None)
+    assert changed.health.probe is not None
+    assert changed.health.probe.path == "/gradio_api/app_id"
+
+
 # run
 
 
@@ -138,6 +151,40 @@ def test_all_after_the_first_word_of_a_command_belongs_to_it(
     assert served[0].listeners == Config().listeners
 
 
+def test_run_puts_a_preset_under_its_command(served: list[Config]) -> None:
+    for command in (("streamlit", "run", "app.py"), ("app", "{socket}")):
+        assert run("run", "-w", "3", "--preset", "streamlit", "--", *command).exit_code == 0
+    port, socket = (config.run for config in served)
+    assert port is not None
+    assert socket is not None
+    assert (port.command, port.processes.max, port.ready.path) == (("streamlit", "run", "app.py"), 3, "/_stcore/health")
+    assert port.env["STREAMLIT_SERVER_PORT"] == "{port}"
+    assert dict(socket.env) == {name: text for name, text in port.env.items() if "PORT" not in name}
+
+
+def test_run_reads_no_option_out_of_the_command(served: list[Config]) -> None:
+    assert run("run", "app", "--preset", "panel").exit_code == 0
+    assert served[0].presets == ()
+
+
+def test_run_watches_files_where_it_is_asked_to(
+    served: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app.yaml").write_text("run: {command: of-file, reload: {include: ['*.css']}}")
+    more = ("--reload-dir", "src", "--reload-dir", "/srv", "--reload-include", "*.html")
+    for options in ((), ("--reload",), more, ("--config", "app.yaml", "--reload")):
+        assert run("run", *options, "--", "app", "--reload").exit_code == 0
+    reloads = [config.run.reload for config in served if config.run is not None]
+    directories = (tmp_path / "src", Path("/srv"))
+    assert reloads == [
+        None,
+        Reload(),
+        Reload.model_validate({"directories": list(directories), "include": ["*.html"]}),
+        Reload.model_validate({"include": ["*.css"]}),
+    ]
+
+
 FILE = """\
 run:
   command: app --port {port}
@@ -168,6 +215,8 @@ def test_run_takes_what_the_file_says(served: list[Config], tmp_path: Path) -> N
     [
         ((), "there is no command to run"),
         (("-w", "2"), "--processes: there is no command to run"),
+        (("--reload",), "--reload: there is no command to run"),
+        (("--reload-include", "/", "--", "app"), "--reload-include: expected a pattern of files such as *.html"),
         (("-w", "0", "--", "app"), "--processes: expected a whole number from 1 to 256, got 0"),
         (("-w", "-1", "--", "app"), "--processes: expected a whole number from 1 to 256"),
         (("-w", "10000", "--", "app"), "--processes: expected a whole number from 1 to 256, got 10000"),
@@ -175,6 +224,9 @@ def test_run_takes_what_the_file_says(served: list[Config], tmp_path: Path) -> N
         (("--processes", "many", "--", "app"), "--processes: expected a whole number from 1 to 256, got 'many'"),
         (("--listen", "8080", "--", "app"), "--listen: expected an address"),
         (("--workers", "0", "--", "app"), "--workers: expected auto or a whole number from 1 to 64"),
+        (("--preset", "nope", "--", "app"), "--preset: there is no preset 'nope'; there are chainlit, "),
+        (("--preset", "panel"), "there is no command to run"),
+        (("--preset", "panel", "--", "app", "{port}", "{socket}"), "COMMAND: {port} and {socket} together"),
         (("--", ""), "COMMAND"),
         (("--", "app", "{prot}"), "COMMAND"),
         (("--", "app", "{port}", "{socket}"), "COMMAND: {port} and {socket} together"),

@@ -41,6 +41,7 @@ run:
   processes: {min: 2, max: 8, sessions_each: 50}
   env: {A: a-secret-0123456789, B: b-secret-0123456789}
   ready: {path: /healthz}
+  reload: {directories: [/srv]}
 """
 
 
@@ -54,6 +55,7 @@ class Row(NamedTuple):
 
 _PROBE = "health.probe"
 _ROWS: list[tuple[str, object, str]] = [
+    ("presets", ["engineio"], "presets: engineio added"),
     ("listeners.0.tls.certificates.0.key", "/x.key",
      "listeners.0.0.0.0:443.tls.certificates./a.pem.key: /a.key -> /x.key"),
     ("listeners.0.tls.minimum_version", 1.3, "listeners.0.0.0.0:443.tls.minimum_version: '1.2' -> '1.3'"),
@@ -156,6 +158,8 @@ _RUN_ROWS: list[tuple[str, object, str]] = [
     ("run.max_age", "7d", "run.max_age: off -> 7d"),
     ("run.drain_timeout", "off", "run.drain_timeout: 30m -> off"),
     ("run.pace", 0.5, "run.pace: 20/s -> 0.5/s"),
+    ("run.reload.directories", ["/srv", "/srv/app"], "run.reload.directories: /srv/app added"),
+    ("run.reload.include", ["*.html"], "run.reload.include: *.html added"),
 ]  # fmt: skip
 
 

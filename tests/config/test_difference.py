@@ -135,6 +135,29 @@ def test_processes_are_told_as_the_file_has_them(before: str, after: str, expect
     assert lines(form.format(before), form.format(after)) == expected
 
 
+def test_a_preset_is_told_with_what_it_brings() -> None:
+    form = "{{presets: {}, run: {{command: app}}}}"
+    assert lines(form.format("[]"), form.format("streamlit")) == [
+        "presets: streamlit added",
+        "run.env: STREAMLIT_SERVER_ADDRESS added",
+        "run.env: STREAMLIT_SERVER_PORT added",
+        "run.env: STREAMLIT_SERVER_HEADLESS added",
+        "run.env: STREAMLIT_BROWSER_GATHER_USAGE_STATS added",
+        "run.ready.path: null -> /_stcore/health",
+        "health.probe.path: null -> /_stcore/health",
+    ]
+    assert lines(form.format("[panel]"), form.format("engineio")) == [
+        "presets: panel removed",
+        "presets: engineio added",
+        "run.env: BOKEH_ALLOW_WS_ORIGIN removed",
+        "websocket.origins: [same-host] -> null",
+    ]
+    assert lines("presets: [panel, gradio]", "presets: [gradio, panel]") == [
+        "presets: in another order",
+        "health.probe.path: /gradio_api/app_id -> null",
+    ]
+
+
 def test_a_command_is_told_as_one_text() -> None:
     before = "run: {command: [a, b, --x]}"
     assert lines(before, "run: {command: 'a  b'}") == ["run.command: a b --x -> a b"]

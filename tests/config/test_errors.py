@@ -9,6 +9,7 @@ def test_a_mistake_is_one_line() -> None:
     assert str(ConfigError("upstreams[1].weight", 4, "wrong")) == "line 4: upstreams[1].weight: wrong"
     assert str(ConfigError("--listen", None, "wrong")) == "--listen: wrong"
     assert str(ConfigError("", None, "wrong")) == "wrong"
+    assert str(ConfigError("health.probe", None, "wrong", "panel")) == "preset panel: health.probe: wrong"
 
 
 def test_mistakes_stand_in_the_order_of_the_file() -> None:

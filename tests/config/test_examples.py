@@ -83,7 +83,7 @@ def test_every_line_to_uncomment_loads() -> None:
     for text in texts:
         complete = text.replace("path: null", "path: /healthz") if text in expect else text
         assert load_text(complete, ENV) != Config()
-    assert len(texts) == 16
+    assert len(texts) == 18
     assert len(expect) == 1
 
 
@@ -95,7 +95,7 @@ def test_every_line_to_uncomment_in_the_example_of_run_loads() -> None:
         run = load_text(text.replace("path: null", "path: /") if needs_path else text, {}).run
         assert run is not None
         assert run != default
-    assert len(texts) == 9
+    assert len(texts) == 11
 
 
 def test_every_key_is_mentioned() -> None:

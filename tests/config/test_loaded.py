@@ -42,6 +42,15 @@ def test_another_process_has_the_same_whatever_has_changed_since(tmp_path: Path)
     assert Loaded.from_json({**sent(loaded), "more": 1}, {}) == loaded
 
 
+def test_another_process_has_the_same_presets(tmp_path: Path) -> None:
+    path = tmp_path / "stickyproxy.yaml"
+    path.write_text("{presets: panel, run: {command: app}}")
+    for presets in ((), ("streamlit", "engineio")):
+        loaded = Loaded.read(ConfigSource(path=path, presets=presets, command=("app", "{socket}")), {})
+        assert loaded.config.presets == (presets or ("panel",))
+        assert Loaded.from_json(sent(loaded), {}) == loaded
+
+
 def test_secrets_are_read_anew_at_each_reading(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     text = f"affinity: {{secrets: ['file:{secret}']}}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,8 @@ from stickyproxy.config.address import Address
 from stickyproxy.config.errors import ConfigErrors
 from stickyproxy.config.load import load_text
 from stickyproxy.config.overrides import with_overrides
-from stickyproxy.config.run import Processes, Run, read_command
+from stickyproxy.config.preset import PRESETS
+from stickyproxy.config.run import Processes, Reload, Run, read_command
 from stickyproxy.config.schema import Config
 
 FROM_FILE = load_text(
@@ -85,6 +88,17 @@ def test_an_admin_address_that_is_none() -> None:
         with_overrides(Config(), admin="x")
 
 
+def test_presets_replace_those_of_the_file() -> None:
+    from_file = load_text("presets: [panel, shiny]", {})
+    assert with_overrides(from_file, presets=("gradio", "panel")).presets == ("gradio", "panel")
+    assert with_overrides(from_file, presets=()).presets == ("panel", "shiny")
+    with pytest.raises(ConfigErrors) as raised:
+        with_overrides(from_file, presets=("nope", "panel", ""))
+    assert [str(error) for error in raised.value.errors] == [
+        f"--preset: there is no preset {name}; there are {', '.join(PRESETS)}" for name in ("'nope'", "''")
+    ]
+
+
 def test_too_many_urls() -> None:
     with pytest.raises(ConfigErrors, match=r"^URL: expected at most 1000 upstreams, got 1001$"):
         with_overrides(Config(), urls=[f"http://a:{port}" for port in range(1, 1002)])
@@ -110,6 +124,50 @@ def test_a_command_and_a_number_replace_no_more_than_those() -> None:
     number = with_overrides(RUN, processes=1).run
     assert number is not None
     assert (number.command, number.processes) == (("from-file", "{port}"), Processes(min=1, max=1))
+
+
+def test_files_are_watched_as_the_command_line_says_over_the_file() -> None:
+    def reload_of(config: Config, **given: Any) -> Reload | None:
+        run = with_overrides(config, **given).run
+        assert run is not None
+        assert run.command[0] in {"app", "from-file"}
+        return run.reload
+
+    command = ["app", "{port}"]
+    assert reload_of(Config(), command=command) is None
+    assert reload_of(Config(), command=command, reload=True) == Reload()
+    assert reload_of(RUN, reload=True) == Reload()
+    assert reload_of(RUN, reload_directories=["/a", "/b"]) == Reload.model_validate(
+        {"directories": [Path("/a"), Path("/b")]}
+    )
+    assert reload_of(RUN, reload_include=["*.html"]) == Reload.model_validate({"include": ["*.html"]})
+    both = load_text("run: {command: app, env: {A: '1'}, reload: {directories: [/srv], include: ['*.css']}}", {})
+    of_file = Reload.model_validate({"directories": [Path("/srv")], "include": ["*.css"]})
+    assert reload_of(both) == reload_of(both, reload=True) == reload_of(both, processes=3) == of_file
+    assert reload_of(both, reload_include=["*.html"]) == of_file.model_copy(update={"include": ("*.html",)})
+    assert reload_of(both, reload_directories=["/a"]) == of_file.model_copy(update={"directories": (Path("/a"),)})
+    run = with_overrides(both, reload=True).run
+    assert run is not None
+    assert run.env == {"A": "1"}
+
+
+def test_mistakes_about_the_files_to_watch_name_their_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        with_overrides(RUN, reload_directories=["/a", "b"], reload_include=["/c"])
+    assert sorted(str(error) for error in raised.value.errors) == [
+        "--reload-dir: expected an absolute path, got 'b'",
+        "--reload-include: expected a pattern of files such as *.html, not from \"/\" on, got '/c'",
+    ]
+    for given in ({"reload": True}, {"reload_directories": ["/a"]}, {"reload_include": ["*.html"]}):
+        with pytest.raises(ConfigErrors, match=NO_COMMAND.replace("--processes", "^--reload")):
+            with_overrides(Config(), **given)
+    apart = load_text("run: {command: app, cwd: '/srv/{id}'}", {})
+    with pytest.raises(ConfigErrors, match=r"^--reload: cwd has placeholders: say in directories where "):
+        with_overrides(apart, reload=True)
+    assert with_overrides(apart, reload_directories=["/srv"]).run is not None
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    with pytest.raises(ConfigErrors, match=r"^--reload: to watch files needs .* pip install 'stickyproxy\[reload\]'$"):
+        with_overrides(RUN, reload=True)
 
 
 def test_a_word_of_the_command_line_need_not_be_utf_8() -> None:

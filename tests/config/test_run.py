@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from stickyproxy.config.difference import find_changes
 from stickyproxy.config.errors import ConfigErrors
 from stickyproxy.config.explain import explain
 from stickyproxy.config.health import StatusRange
@@ -19,6 +21,7 @@ from stickyproxy.config.run import (
     PortRange,
     Processes,
     Ready,
+    Reload,
     Run,
     Stop,
     read_command,
@@ -58,6 +61,7 @@ def test_a_command_is_enough() -> None:
     assert (run.restart, run.stop) == ("always", Stop())
     assert (run.stop.signal, run.stop.timeout_s) == ("TERM", 10.0)
     assert (run.max_memory_bytes, run.max_age_s, run.drain_timeout_s, run.pace_per_s) == (None, None, 1800.0, 20.0)
+    assert run.reload is None
     assert not run.uses_port
     assert not run.uses_socket
 
@@ -439,6 +443,78 @@ def test_a_pace_that_was_written_is_read_as_the_same(pace: float) -> None:
     assert read_pace(write_pace(pace)) == pace
 
 
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (False, None),
+        (True, Reload()),
+        ({}, Reload()),
+        (
+            {"directories": ["/srv/app", "/srv/lib"]},
+            Reload.model_validate({"directories": [Path("/srv/app"), Path("/srv/lib")]}),
+        ),
+        (
+            {"include": ["*.html", "templates/*.css", ".env"]},
+            Reload.model_validate({"include": ["*.html", "templates/*.css", ".env"]}),
+        ),
+        ({"directories": None, "include": []}, Reload()),
+    ],
+)
+def test_reload(raw: object, expected: Reload | None) -> None:
+    assert read(reload=raw).reload == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "message"),
+    [
+        ("on", (), "expected true, false or a mapping of keys, got text"),
+        (["/srv"], (), "expected true, false or a mapping of keys, got a list"),
+        ({"exclude": ["*.md"]}, ("exclude",), "unknown key 'exclude'; did you mean 'include'?"),
+        ({"directories": "/srv"}, ("directories",), "expected a list of directories, got text"),
+        ({"directories": ["/srv", "app"]}, ("directories", 1), "expected an absolute path, got 'app'"),
+        ({"include": "*.html"}, ("include",), "expected a list of patterns, got text"),
+        (
+            {"include": ["*.html", "/srv/*.css"]},
+            ("include", 1),
+            "expected a pattern of files such as *.html, not from \"/\" on, got '/srv/*.css'",
+        ),
+        ({"include": [""]}, ("include", 0), "expected a pattern of files such as *.html, not from \"/\" on, got ''"),
+    ],
+)
+def test_wrong_reload(raw: object, path: tuple[str | int, ...], message: str) -> None:
+    assert mistakes(reload=raw) == [(("reload", *path), message)]
+
+
+def test_what_yaml_reads_as_a_switch() -> None:
+    for written, expected in (("on", Reload()), ("off", None), ("true", Reload())):
+        run = load_text(f"run: {{command: app, reload: {written}}}", {}).run
+        assert run is not None
+        assert run.reload == expected
+
+
+def test_files_of_an_app_with_several_directories_must_be_named() -> None:
+    message = "cwd has placeholders: say in directories where the files of the app are"
+    assert mistakes(cwd="/srv/{id}", reload=True) == [(("reload",), message)]
+    assert read(cwd="/srv/{id}", reload={"directories": ["/srv"]}).reload is not None
+    assert read(cwd="/srv/{{id}}", reload=True).reload == Reload()
+    assert read(cwd="/srv/{id}", reload=False).reload is None
+
+
+def test_a_package_that_is_missing_is_named_with_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    message = "to watch files needs the package watchfiles: pip install 'stickyproxy[reload]'"
+    assert mistakes_in("run:\n  command: app\n  reload: on\n") == [(3, "run.reload", message)]
+    assert read(reload=False).reload is None
+
+
+def test_turning_it_on_is_told_in_the_words_of_the_file() -> None:
+    texts = ["reload: off", "reload: on", "reload: {include: ['*.html']}"]
+    off, on, more = (load_text(f"run: {{command: app, {text}}}", {}) for text in texts)
+    assert [str(change) for change in find_changes(off, on)] == ["run.reload: false -> true"]
+    assert [str(change) for change in find_changes(off, more)] == ["run.reload: false -> {include: ['*.html']}"]
+    assert [str(change) for change in find_changes(on, more)] == ["run.reload.include: *.html added"]
+
+
 def test_the_json_schema_has_every_form() -> None:
     schema: dict[str, Any] = Run.model_json_schema()
     properties = schema["properties"]
@@ -465,5 +541,8 @@ def test_the_json_schema_has_every_form() -> None:
         "max_age": "off",
         "drain_timeout": "30m",
         "pace": "20/s",
+        "reload": False,
     }
+    assert {"type": "boolean"} in properties["reload"]["anyOf"]
+    assert {"$ref": "#/$defs/Reload"} in properties["reload"]["anyOf"]
     assert read(**defaults) == read()

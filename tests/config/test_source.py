@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stickyproxy.config.address import Address
 from stickyproxy.config.errors import ConfigErrors
+from stickyproxy.config.run import Reload
 from stickyproxy.config.schema import Config
 from stickyproxy.config.source import ConfigSource
 
@@ -52,6 +53,40 @@ def test_a_command_goes_over_each_text() -> None:
         assert (run.command, run.processes.min, run.processes.max) == (("app", "{port}"), 4, 4)
 
 
+def test_the_presets_of_the_command_line_replace_those_of_each_text() -> None:
+    source = ConfigSource(presets=("streamlit",))
+    for text in ("", "presets: chainlit", "presets: [chainlit, panel]"):
+        config = source.load_text(text, {})
+        assert config.presets == ("streamlit",)
+        assert config.health.probe is not None
+        assert config.health.probe.path == "/_stcore/health"
+        assert config.websocket.origins is None
+    assert ConfigSource().load_text("presets: [chainlit, panel]", {}).presets == ("chainlit", "panel")
+
+
+def test_presets_stand_under_the_command_of_the_command_line() -> None:
+    run = ConfigSource(presets=("streamlit",), command=("app",), processes=4).load({}).run
+    assert run is not None
+    assert (run.command, run.processes.min, run.ready.path) == (("app",), 4, "/_stcore/health")
+    assert run.env["STREAMLIT_SERVER_PORT"] == "{port}"
+    assert ConfigSource(presets=("streamlit",)).load({}).run is None
+
+
+def test_files_to_watch_go_over_each_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = ConfigSource(command=("app",), reload_directories=("src", "/srv"), reload_include=("*.html",))
+    monkeypatch.chdir("/")
+    for text in ("", "run: {command: other, reload: off}", "run: {command: other, reload: {include: ['*.css']}}"):
+        run = source.load_text(text, {}).run
+        assert run is not None
+        assert run.reload == Reload.model_validate(
+            {"directories": [tmp_path / "src", Path("/srv")], "include": ["*.html"]}
+        )
+    run = ConfigSource(command=("app",), reload=True).load({}).run
+    assert run is not None
+    assert run.reload == Reload()
+
+
 def test_no_words_are_no_command() -> None:
     assert ConfigSource(command=()) == ConfigSource()
     assert ConfigSource(command=()).load({}).run is None
@@ -85,6 +120,10 @@ def test_the_mistakes_of_the_command_line_name_its_options() -> None:
         ConfigSource(workers="many").load({})
     with pytest.raises(ConfigErrors, match=r"^--processes: expected a whole number from 1 to 256, got 10000$"):
         ConfigSource(command=("a",), processes=10_000).load({})
+    with pytest.raises(ConfigErrors, match=r"^--preset: there is no preset 'nope'; there are chainlit, "):
+        ConfigSource(command=("a",), presets=("panel", "nope")).load({})
+    with pytest.raises(ConfigErrors, match=r"^COMMAND: unknown placeholder '\{prot\}'"):
+        ConfigSource(command=("a", "{prot}"), presets=("panel",)).load({})
 
 
 def test_paths_stay_what_they_were_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +166,8 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
         ConfigSource(path=Path("x"))
     with pytest.raises(ConfigErrors, match=r"^--control: cannot tell where y is, the working directory is gone "):
         ConfigSource(control="y")
+    with pytest.raises(ConfigErrors, match=r"^--reload-dir: cannot tell where z is, the working directory is gone "):
+        ConfigSource(reload_directories=("/", "z"))
 
 
 TEXTS = st.text(st.characters(codec="utf-8"))
@@ -138,8 +179,12 @@ SOURCES = st.builds(
     admin=st.none() | TEXTS,
     workers=st.none() | st.integers() | TEXTS,
     control=st.none() | st.just("off") | TEXTS.map(lambda text: f"/{text}"),
+    presets=st.lists(TEXTS).map(tuple),
     command=st.none() | st.lists(TEXTS | st.just("no UTF-8: \udcff")).map(tuple),
     processes=st.none() | st.integers() | TEXTS,
+    reload=st.none() | st.booleans(),
+    reload_directories=st.lists(TEXTS.map(lambda text: f"/{text}")).map(tuple),
+    reload_include=st.lists(TEXTS).map(tuple),
 )
 
 
@@ -155,6 +200,7 @@ def test_what_was_not_given_is_not_written() -> None:
     source = ConfigSource(path=Path("/x"), urls=("http://a",), workers=2)
     assert source.to_json() == {"path": "/x", "urls": ["http://a"], "workers": 2}
     assert ConfigSource(command=("a", "b"), processes=4).to_json() == {"command": ["a", "b"], "processes": 4}
+    assert ConfigSource(presets=("panel",)).to_json() == {"presets": ["panel"]}
 
 
 @pytest.mark.parametrize(
@@ -168,12 +214,17 @@ def test_what_was_not_given_is_not_written() -> None:
         ({"control": "x"}, "does not hold 'control', or not so"),
         ({"urls": "http://a"}, "does not hold 'urls', or not so"),
         ({"urls": ["http://a", 7]}, "does not hold 'urls', or not so"),
+        ({"presets": "panel"}, "does not hold 'presets', or not so"),
+        ({"presets": [None]}, "does not hold 'presets', or not so"),
         ({"workers": True}, "does not hold 'workers', or not so"),
         ({"workers": 1.5}, "does not hold 'workers', or not so"),
         ({"admin": False}, "does not hold 'admin', or not so"),
         ({"command": "a b"}, "does not hold 'command', or not so"),
         ({"command": ["a", 7]}, "does not hold 'command', or not so"),
         ({"processes": True}, "does not hold 'processes', or not so"),
+        ({"reload": 1}, "does not hold 'reload', or not so"),
+        ({"reload_directories": ["/a", "b"]}, "does not hold 'reload_directories', or not so"),
+        ({"reload_include": "*.html"}, "does not hold 'reload_include', or not so"),
         ({"processes": [4]}, "does not hold 'processes', or not so"),
         ({7: "x"}, "does not hold 7, or not so"),
     ],

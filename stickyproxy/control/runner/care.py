@@ -62,6 +62,7 @@ class Care:
         if host.is_turning:
             return
         host.resize_if_due()
+        host.live_reload.deploy_if_due()
         self._recycle()
         self._adapt()
 

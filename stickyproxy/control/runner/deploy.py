@@ -60,6 +60,7 @@ class Deploy:
         self._last_lines: tuple[str, ...] = ()
         self._processes = host.processes
         self._new: list[Seat] = []
+        self._given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._states_before: dict[str, AdminState] = {}  # of the old generation, as operators wanted it
         self.retirement: Retirement | None = None
         """That of the old generation, once the new one serves."""
@@ -70,6 +71,15 @@ class Deploy:
     def is_turning(self) -> bool:
         """Say whether it is not decided yet which generation will serve."""
         return self.state in {"starting", "watching"}
+
+    def give_up(self, reason: str) -> bool:
+        """Take the new generation back before it serves; say whether there was still time for that.
+
+        It is over, as a deploy that has failed, when the processes that were started for it have ended.
+        """
+        if self.state == "starting" and not self._given_up.done():
+            self._given_up.set_result(reason)
+        return self._given_up.done()
 
     @property
     def status(self) -> dict[str, Any]:
@@ -137,13 +147,17 @@ class Deploy:
         for begin in range(0, count, at_once):
             batch = [host.make(self.generation, is_held=True) for _ in range(min(at_once, count - begin))]
             self._new += batch
-            for reason in asyncio.as_completed([asyncio.shield(seat.first) for seat in batch]):
-                await reason
+            starting: set[asyncio.Future[str]] = {seat.first for seat in batch}
+            while starting:
+                await asyncio.wait({*starting, self._given_up}, return_when=asyncio.FIRST_COMPLETED)
                 self._check()
+                starting = {first for first in starting if not first.done()}
         self._check()
 
     def _check(self) -> None:
-        """Raise DeployError where a process of the new generation has ended."""
+        """Raise DeployError where a process of the new generation has ended, or it is given up."""
+        if self._given_up.done():
+            raise DeployError(self._given_up.result())
         for seat in self._new:
             if seat.first.done() and (seat.first.result() or seat.ended.done() or seat.restarts):
                 reason = seat.first.result() or "it crashed"
@@ -168,15 +182,24 @@ class Deploy:
     async def _take_back(self, error: StickyproxyError) -> None:
         self._reason = str(error)
         self._last_lines = error.last_lines if isinstance(error, DeployError) else ()
-        logger.error("deploy: generation %d is taken back, the old one serves on: %s", self.generation, error)
+        level = logging.INFO if self._given_up.done() else logging.ERROR
+        others = "the old one serves on" if self._old else "none serves"
+        logger.log(level, "deploy: generation %d is taken back, %s: %s", self.generation, others, error)
         try:
-            for seat in self._old:
-                self._host.set_state(seat, self._states_before.get(seat.id, AdminState.READY))
             if self._host.generation == self.generation:
                 self._host.generation -= 1
+                self._undrain()
             await Retirement(self._host, self._new, 0.0, self.options.pace_per_s).run()
         finally:
             self.state = "failed"
+
+    def _undrain(self) -> None:
+        """Let new clients come to the old generation again; what operators have wanted of it, now or before, holds."""
+        states = self._host.admin_states
+        for seat in self._old:
+            was_ready = self._states_before.get(seat.id, AdminState.READY) is AdminState.READY
+            if was_ready and states.get(seat.id) is AdminState.DRAIN:
+                self._host.set_state(seat, AdminState.READY)
 
     # Another image of this process
 

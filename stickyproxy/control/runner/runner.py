@@ -15,6 +15,7 @@ from typing_extensions import override
 from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.control.runner.care import Care
 from stickyproxy.control.runner.deploy import Deploy
+from stickyproxy.control.runner.live_reload import LiveReload
 from stickyproxy.control.runner.output import Output
 from stickyproxy.control.runner.places import Places
 from stickyproxy.control.runner.reaper import Reaper
@@ -62,7 +63,10 @@ class Runner:
         self._numbers: defaultdict[int, int] = defaultdict(int)  # the last one given in each generation
         self._retirements: set[Retirement] = set()
         self._care = Care(self)
+        self.live_reload = LiveReload(self)
         self._reaper = Reaper(self._list_process_ids)
+        self.is_started = False
+        """Whether the first processes have been waited for: from then on there are deploys."""
         self.is_stopping = False
         self._resize_to: int | None = None  # as a reload has said, while it cannot be
         self._replaced: dict[Seat, Seat] = {}  # by their replacements, while these are starting
@@ -76,28 +80,49 @@ class Runner:
         """Start the processes, and return once the first is ready, or `stop` is set.
 
         Raises AppError, with nothing left running, where one ends before it is ready, or is not ready in time, and
-        UsageError where it cannot be run at all.
+        UsageError where it cannot be run at all. With live reload, an app that does not start is waited for: it returns
+        without one, and the next change of its files is deployed.
         """
         if not (self.settings.uses_port or self.settings.uses_socket):
             logger.warning("the command has neither {port} nor {socket}: it must listen where the variable PORT says")
         await self.warden.start()
         self._reaper.start()
+        await self.live_reload.start()
+        while not await self._start_first(stop):
+            pass
+        self.is_started = True
+        self._care.start()
+
+    async def _start_first(self, stop: asyncio.Event) -> bool:
+        """Start the processes; return True when it need not be done again, as files have changed meanwhile."""
+        self.live_reload.take_in()
         seats = [self.make(self.generation) for _ in range(self.processes)]
-        stopped = spawn(stop.wait(), "a signal to stop")
+        others = [spawn(stop.wait(), "a signal to stop"), spawn(self.live_reload.wait(), "a change of files")]
         firsts: list[asyncio.Future[Any]] = [seat.first for seat in seats]
-        await asyncio.wait([stopped, *firsts], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
+        await asyncio.wait([*others, *firsts], return_when=asyncio.FIRST_COMPLETED)
+        for other in others:
+            other.cancel()
+        if stop.is_set():
+            return True
         failed = next((seat for seat in seats if seat.first.done() and seat.first.result()), None)
-        if failed is not None and not stop.is_set():
+        if failed is None and any(seat.first.done() for seat in seats):
+            return True
+        if failed is not None and (failed.is_unusable or not self.live_reload.is_on):
             lines = "".join(f"\n    {line}" for line in failed.last_lines[-_SHOWN_LINES:])
             kind = UsageError if failed.is_unusable else AppError
             raise kind(f"the app does not start: {failed.id}: {failed.first.result()}{lines}")
-        self._care.start()
+        await asyncio.gather(*(seat.stop() for seat in seats))
+        if failed is not None and not self.live_reload.has_changed:
+            reason = failed.first.result()
+            logger.error("the app does not start, waiting for a change of its files: %s: %s", failed.id, reason)
+            return True
+        return False
 
     async def stop(self) -> None:
         """End all processes."""
         self.is_stopping = True
         self._care.stop()
+        await self.live_reload.stop()
         while self.seats:  # some may have been made just now
             await asyncio.gather(*(seat.stop() for seat in tuple(self.seats.values())))
         self._reaper.stop()
@@ -119,6 +144,7 @@ class Runner:
         """Work by other settings: the processes that start from now on do."""
         before, self.settings = self.settings, run
         self.places.ports = run.ports
+        self.live_reload.apply(before)
         wanted = min(max(self.processes, run.processes.min), run.processes.max)
         if run.processes != before.processes and wanted != self.processes:
             self._resize_to = wanted
@@ -138,9 +164,10 @@ class Runner:
             raise UsageError("a deploy is under way already")
         self._check_free()
         number = 1 if self.deploy is None else self.deploy.number + 1
-        self.deploy = Deploy(self, number, options)
-        spawn(self.deploy.run(), f"deploy {number}")
-        return self.deploy
+        self.deploy = deploy = Deploy(self, number, options)
+        self.live_reload.take_in()
+        spawn(deploy.run(), f"deploy {number}").add_done_callback(lambda _: self.live_reload.on_deployed(deploy))
+        return deploy
 
     def scale(self, processes: int) -> None:
         """Have so many processes; those that are too many, the emptiest, drain and end. Raises UsageError."""
@@ -186,6 +213,11 @@ class Runner:
 
     def _is_retired(self, seat: Seat) -> bool:
         return any(seat in one.seats for one in self._retirements)
+
+    def is_retired(self, upstream_id: str) -> bool:
+        """Say whether a process is to end: another generation serves, or another process in its place."""
+        seat = self.seats.get(upstream_id)
+        return seat is not None and (seat.generation != self.generation or self._is_retired(seat))
 
     def _check_free(self) -> None:
         if self.is_stopping or self._supervisor.is_stopping:
@@ -375,6 +407,7 @@ class Runner:
     def leave(self) -> dict[str, Any]:
         """Part from all processes without ending them, and return what another image of this one needs to go on."""
         self._care.stop()
+        is_due = self.live_reload.leave()
         self._reaper.stop()
         self._output.close()
         deploy = self.deploy
@@ -389,14 +422,17 @@ class Runner:
             "seats": [seat.leave() for seat in self.seats.values()],
             "retirements": others,
             "retirement_of_deploy": None if of_deploy is None else of_deploy.leave(),
+            "places": self.places.leave(),
             "warden": self.warden.leave(),
             "deploy": None if deploy is None else deploy.leave(),
+            "is_reload_due": is_due,
         }
 
     async def adopt(self, left: Mapping[str, Any]) -> None:
         """Go on with the processes that a former image of this one has left."""
         self.generation, self.processes = int(left["generation"]), int(left["processes"])
         self._numbers.update({int(generation): int(number) for generation, number in left["numbers"].items()})
+        self.places.resume(left.get("places", {}))
         await self.warden.adopt(left["warden"])
         self._reaper.start()
         for one in left["seats"]:
@@ -412,6 +448,8 @@ class Runner:
             self.deploy = Deploy.adopt(self, left["deploy"])
             if left["retirement_of_deploy"] is not None:
                 spawn(self.deploy.finish(Retirement.adopt(self, left["retirement_of_deploy"])), "finish a deploy")
+        self.live_reload.adopt(is_due=bool(left.get("is_reload_due")))
+        self.is_started = True
         self._care.start()
 
     @override

@@ -42,6 +42,15 @@ class Host:
     replaced: list[str] = field(default_factory=list)
     scaled: list[int] = field(default_factory=list)
     admin_states: dict[str, AdminState] = field(default_factory=dict)
+    looks_at_changes: int = 0
+
+    @property
+    def live_reload(self) -> "Host":
+        return self
+
+    def deploy_if_due(self) -> None:
+        """Note that somebody asks whether files have changed."""
+        self.looks_at_changes += 1
 
     def resize_if_due(self) -> None:
         """Nothing is due."""
@@ -146,7 +155,13 @@ async def test_only_one_that_is_ready_is_replaced(state: str) -> None:
 async def test_nothing_is_done_while_a_deploy_turns() -> None:
     host = Host(settings(max_memory="200MiB"), [Seat("a", memory_bytes=300 * MIB)], is_turning=True)
     care_for(host)._look()
-    assert host.replaced == []
+    assert (host.replaced, host.looks_at_changes) == ([], 0)
+
+
+async def test_changes_that_had_to_wait_are_deployed() -> None:
+    host = Host(settings(), [Seat("a")])
+    care_for(host)._look()
+    assert host.looks_at_changes == 1
 
 
 ADAPTIVE = {"min": 2, "max": 4, "sessions_each": 10}

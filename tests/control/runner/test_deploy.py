@@ -8,7 +8,7 @@ from stickyproxy.affinity.snapshot import AdminState
 from stickyproxy.control.runner.deploy import Deploy, DeployOptions
 from stickyproxy.control.runner.runner import Runner
 from tests.helpers.runner import running_app
-from tests.helpers.supervised import open_tunnel, port_of, until
+from tests.helpers.supervised import kill, open_tunnel, port_of, until
 
 OPTIONS = DeployOptions(drain_timeout_s=None, pace_per_s=20.0, surge=1, watch_s=0.0)
 WATCHED = DeployOptions(drain_timeout_s=None, pace_per_s=20.0, surge=0, watch_s=600.0)
@@ -65,6 +65,32 @@ async def test_a_crash_within_the_watch_takes_it_back(tmp_path: Path) -> None:
         assert list(states(runner).values()) == ["ready"]
 
 
+async def test_one_that_is_given_up_before_it_serves_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_app(tmp_path, 2) as (supervisor, runner):
+        await until(lambda: set(states(runner).values()) == {"ready"})
+        (tmp_path / "version").write_text("silent")
+        deploy = runner.begin_deploy(WATCHED)
+        await until(lambda: "g2-2" in runner.seats)
+        assert deploy.give_up("for a reason")
+        assert deploy.give_up("for another"), "it is given up already"
+        await until(lambda: deploy.state == "failed")
+        assert (deploy.status["reason"], runner.generation) == ("for a reason", 1)
+        assert states(runner) == {"g1-1": "ready", "g1-2": "ready"}
+        assert supervisor.routing.admin_states == {"g1-1": AdminState.READY, "g1-2": AdminState.READY}
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_one_that_serves_is_not_given_up(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 1) as (_, runner):
+        deploy = runner.begin_deploy(WATCHED)
+        await until(lambda: deploy.state == "watching")
+        assert not deploy.give_up("too late")
+        deploy._check()
+        assert runner.generation == 2
+
+
 async def test_it_says_how_many_sessions_are_left_and_how_long_they_take(tmp_path: Path) -> None:
     async with running_app(tmp_path, 1) as (supervisor, runner):
         tunnels = [await open_tunnel(port_of(supervisor)) for _ in range(4)]
@@ -86,3 +112,23 @@ async def test_another_image_tells_what_became_of_it(tmp_path: Path) -> None:
         again = Deploy.adopt(runner, deploy.leave())
         assert again.status == deploy.status
         assert again.options == OPTIONS
+
+
+async def test_what_operators_want_of_the_old_generation_holds_when_it_is_taken_back(tmp_path: Path) -> None:
+    async with running_app(tmp_path, 3) as (supervisor, runner):
+        await until(lambda: set(states(runner).values()) == {"ready"})
+        supervisor.routing.set_admin_state("g1-1", AdminState.DRAIN)
+        (tmp_path / "version").write_text("broken")
+        broken = runner.begin_deploy(WATCHED)
+        await until(lambda: broken.state == "failed")
+        assert supervisor.routing.admin_states["g1-1"] is AdminState.DRAIN
+        (tmp_path / "version").write_text("1")
+        deploy = runner.begin_deploy(WATCHED)
+        await until(lambda: deploy.state == "watching")
+        supervisor.routing.set_admin_state("g1-2", AdminState.MAINT)
+        process = next(seat.process for seat in runner.seats.values() if seat.generation == deploy.generation)
+        assert process is not None
+        kill(process.process_id)
+        await until(lambda: deploy.state == "failed" and set(runner.seats) == {"g1-1", "g1-2", "g1-3"})
+        wanted = {"g1-1": AdminState.DRAIN, "g1-2": AdminState.MAINT, "g1-3": AdminState.READY}
+        assert supervisor.routing.admin_states == wanted
