@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from stickyproxy.affinity.token import Lifetimes, TokenCodec
 
-_MAX_VERIFIED: Final = 1 << 16  # token values remembered; about 20 MB, beyond it one MAC is computed again
+_MAX_VERIFIED: Final = 1 << 16  # token values remembered; 0.55 KiB each, 36 MB; beyond it one MAC is computed again
 _MAX_EXPIRED_AT_ONCE: Final = 10_000  # a few ms
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
+from stickyproxy.affinity.snapshot import upstream_digest
 from stickyproxy.config.schema import MAX_WORKERS
 from stickyproxy.control.inheritance import open_socket
 from stickyproxy.control.messages import write_address, write_snapshot
 from stickyproxy.control.registry import SessionRegistry
 from stickyproxy.control.worker_link import WorkerLink, start_process
 from stickyproxy.errors import ChannelError, UsageError
+from stickyproxy.observe.removed import Removed
 from stickyproxy.observe.table import Table, Totals
 from stickyproxy.proxy.board import MAX_SLOTS, Board
 from stickyproxy.tasks import spawn
@@ -81,6 +83,8 @@ class Fleet:
         """Those of another version that will serve."""
         self.totals = Totals()
         """What the workers that have ended had counted."""
+        self.removed = Removed()
+        """The upstreams whose counters are still shown."""
         self.registry = SessionRegistry()
         self.board = Board.create()
         self.next_board: Board | None = None
@@ -89,6 +93,7 @@ class Fleet:
         self.moving = asyncio.Lock()
         """Held while connections move between workers: one that takes some over cannot leave."""
         self._slots: dict[str, int] = {}
+        self._ids: set[str] = set()  # of the upstreams of the last snapshot
         self.restarts = 0
         self._snapshot: dict[str, Any] | None = None
         self._publishing: asyncio.TimerHandle | None = None
@@ -118,7 +123,8 @@ class Fleet:
         self._starting.difference_update(links)
 
     async def accept(self) -> None:
-        """Let all workers accept clients."""
+        """Let all workers accept clients, who meet the latest routing state."""
+        self._publish_pending()
         await asyncio.gather(*(link.channel.request("accept") for link in self.links))
 
     def _launch(self, index: int, program: Program | None = None) -> WorkerLink:
@@ -172,6 +178,8 @@ class Fleet:
         self.links = self._adopt_all(inherited.serving)
         self.leaving = self._adopt_all(inherited.leaving)
         self.totals = Totals.from_json(inherited.totals)
+        now = asyncio.get_running_loop().time()
+        self.removed = Removed.from_json(inherited.counts.get("removed", ()), now)
         self.restarts = int(inherited.counts.get("restarts", 0))
 
     def _adopt_all(self, states: Sequence[WorkerState]) -> list[WorkerLink]:
@@ -223,8 +231,7 @@ class Fleet:
         """Part from all workers without ending them; return the successors, and those that they take over from."""
         await self.moving.acquire()  # for good: another image of this process goes on
         self._is_stopping = True
-        if self._publishing is not None:
-            self._publish_now()
+        self._publish_pending()
         for link in self._starting - set(successors):  # the other image would not know them
             self._give_up(link)
             await link.ended
@@ -335,6 +342,7 @@ class Fleet:
         try:
             orders = self.orders
             await self._prepare(link)
+            self._publish_pending()
             await link.channel.request("accept")
             if orders is not self.orders:
                 raise ChannelError("there are other orders meanwhile")  # noqa: TRY301 -- one way to give up
@@ -431,10 +439,14 @@ class Fleet:
         if self._publishing is None:
             self._publishing = asyncio.get_running_loop().call_later(_PUBLISH_S, self._publish_now)
 
-    def _publish_now(self) -> None:
+    def _publish_pending(self) -> None:
+        """Send what is to be published now: a worker takes in what was sent before it does what it is asked next."""
         if self._publishing is not None:
             self._publishing.cancel()
-            self._publishing = None
+            self._publish_now()
+
+    def _publish_now(self) -> None:
+        self._publishing = None
         snapshot, endpoints = self._pending
         self._snapshot = write_snapshot(snapshot, endpoints) | {"slots": self._assign_slots(snapshot)}
         for link in {*self, *self.successors, *self._starting}:
@@ -443,6 +455,7 @@ class Fleet:
 
     def _assign_slots(self, snapshot: Snapshot) -> dict[str, int]:
         """Return the slot of each upstream on the board, by digest; those of upstreams that are gone become free."""
+        self._keep_counters(snapshot)
         present = {one.digest.hex() for one in snapshot.upstreams}
         for digest in self._slots.keys() - present:
             self.board.clear_slot(self._slots.pop(digest))
@@ -451,8 +464,14 @@ class Fleet:
             slot = self._slots[digest] = next(free)
             self.board.clear_slot(slot)  # what a former image of this process had there
         self._show_sessions()
-        self.totals.keep({one.digest for one in snapshot.upstreams})
         return self._slots
+
+    def _keep_counters(self, snapshot: Snapshot) -> None:
+        """Remember what was counted for the upstreams that there are, and for those that were removed lately."""
+        before, self._ids = self._ids, {one.id for one in snapshot.upstreams}
+        now = asyncio.get_running_loop().time()
+        self.removed.note(before, self._ids, now)
+        self.totals.keep({upstream_digest(one) for one in (*self._ids, *self.removed.ids(now))})
 
     def _show_sessions(self) -> None:
         for digest, slot in self._slots.items():
@@ -460,8 +479,7 @@ class Fleet:
 
     async def published(self) -> None:
         """Wait until each worker works by the latest routing state, for 5 seconds at most."""
-        if self._publishing is not None:
-            self._publish_now()
+        self._publish_pending()
         await self.ask_all("ping", timeout_s=_ACKNOWLEDGED_S)
 
     async def ask_all(
@@ -487,8 +505,7 @@ class Fleet:
         many tunnels they are; those of a worker that does not answer are not among them. Called again, it goes on at
         the new pace.
         """
-        if self._publishing is not None:
-            self._publish_now()  # who comes back is not to meet an older state
+        self._publish_pending()  # who comes back is not to meet an older state
         links = [link for link in self if link.is_ready and not link.ended.done()]
         readings = [link.table.read() for link in links]
         shares = [1 + sum(one.upstream(digest).tunnels_open for digest in digests) for one in readings]

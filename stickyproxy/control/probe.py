@@ -31,6 +31,7 @@ from yarl import URL
 from stickyproxy import __version__
 from stickyproxy.affinity.health import HealthEvent
 from stickyproxy.observe.counters import ProbeCounters
+from stickyproxy.observe.removed import MAX_REMOVED
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ class Prober:
     """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
     Each probe goes to the endpoint that the upstream has at that moment. Upstreams that come are probed from then on,
-    those that go are forgotten. `counters` may be those of a prober whose place this one takes.
+    those that go no more; what was counted of the last ones stays. `counters` may be those of a prober whose place this
+    one takes.
     """
 
     def __init__(self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None) -> None:
@@ -260,7 +262,7 @@ class Prober:
         for upstream_id, watch in tuple(self._watches.items()):
             if upstream_id not in endpoints or endpoints[upstream_id].address != watch.address:
                 self._end(upstream_id)
-        for upstream_id in self.counters.keys() - endpoints.keys():
+        for upstream_id in [one for one in self.counters if one not in endpoints][:-MAX_REMOVED]:
             del self.counters[upstream_id]
         for upstream_id in [one for one in endpoints if one not in self._watches]:
             self.counters.setdefault(upstream_id, ProbeCounters())

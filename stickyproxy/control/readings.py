@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 from stickyproxy import __version__
 from stickyproxy.affinity.snapshot import AdminState, upstream_digest
 from stickyproxy.observe.counters import LAG_BOUNDS_S, NS, Histogram, ProbeCounters
-from stickyproxy.observe.metrics import Numbers, UpstreamNumbers
+from stickyproxy.observe.metrics import Numbers, UpstreamCounts, UpstreamNumbers
 from stickyproxy.observe.table import sum_readings
 
 if TYPE_CHECKING:
-    from stickyproxy.affinity.snapshot import Upstream
+    from stickyproxy.affinity.snapshot import Snapshot, Upstream
     from stickyproxy.control.supervisor import Supervisor
     from stickyproxy.observe.table import Reading
 
@@ -182,6 +182,7 @@ class Readings:
         return Numbers(
             version=__version__,
             upstreams=tuple(self._take_upstream(snapshot.cluster, one, summed) for one in snapshot.upstreams),
+            removed=self._take_removed(snapshot, summed),
             none={snapshot.cluster: plane.none},
             guarded={snapshot.cluster: snapshot.is_guarded},
             affinity=plane.affinity,
@@ -232,15 +233,25 @@ class Readings:
             sessions=supervisor.fleet.registry.count(upstream.digest),
             idle_connections=counters.idle_connections,
             counters=counters,
-            probes=_copy_probes(supervisor.prober.counters.get(upstream.id) or ProbeCounters()),
+            probes=self._copy_probes(upstream.id),
         )
 
+    def _take_removed(self, snapshot: Snapshot, reading: Reading) -> tuple[UpstreamCounts, ...]:
+        """Return what was counted of the upstreams that were removed lately."""
+        present = {one.id for one in snapshot.upstreams}  # one may be back, and not published yet
+        removed = self._supervisor.fleet.removed.ids(asyncio.get_running_loop().time())
+        return tuple(
+            UpstreamCounts(snapshot.cluster, one, reading.upstream(upstream_digest(one)), self._copy_probes(one))
+            for one in removed
+            if one not in present
+        )
 
-def _copy_probes(counters: ProbeCounters) -> ProbeCounters:
-    copied = ProbeCounters()
-    copied.duration = _copy_histogram(counters.duration)
-    copied.outcomes = Counter(counters.outcomes)
-    return copied
+    def _copy_probes(self, upstream_id: str) -> ProbeCounters:
+        counters = self._supervisor.prober.counters.get(upstream_id) or ProbeCounters()
+        copied = ProbeCounters()
+        copied.duration = _copy_histogram(counters.duration)
+        copied.outcomes = Counter(counters.outcomes)
+        return copied
 
 
 def _copy_histogram(histogram: Histogram) -> Histogram:

@@ -49,6 +49,8 @@ class Routing:
         self._closing: set[str] = set()  # of them
         self.on_change: Callable[[], None] | None = None
         """Called when an upstream has come, moved or gone, but for a reload, after which everybody looks anew."""
+        self.is_retired: Callable[[str], bool] = lambda _: False
+        """Says of an app process whether it is to end, whatever operators want of it."""
         self.endpoints: dict[str, Endpoint] = {}
         self._admin: dict[str, AdminState] = {}
         self.observed: dict[str, Observed] = {}
@@ -250,10 +252,15 @@ class Routing:
     def set_admin_state(self, upstream_id: str, state: AdminState) -> None:
         """Take in what the operator wants of an upstream; raise KeyError where there is none of that id.
 
-        One that is leaving, or closing, takes no new client whatever is wanted: ValueError.
+        One that is leaving, or that is to end, takes no new client whatever is wanted: ValueError. It can be set to
+        maintenance: its clients are placed anew with their next request, and it ends the sooner.
         """
-        if upstream_id in self._closing and state is AdminState.READY:
-            raise ValueError(f"the upstream {upstream_id!r} is about to be stopped; it takes no new client")
+        is_retired = upstream_id in self.processes and self.is_retired(upstream_id)
+        if state is AdminState.READY and (is_retired or upstream_id in self._closing):
+            raise ValueError(
+                f"the app process {upstream_id!r} ends once its sessions have; it takes no new client. "
+                "For more processes: stickyproxy scale"
+            )
         if upstream_id in self.leaving and state is AdminState.READY:
             raise ValueError(f"the upstream {upstream_id!r} is no longer in the configuration; it can only drain")
         if self._admin[upstream_id] is not state:

@@ -199,9 +199,11 @@ def _is_socket(path: Path) -> bool:
 
 
 def _is_dead(path: Path) -> bool:
-    """Say whether nobody listens at a path any more; where that cannot be seen, somebody may."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a living one whose queue is full must not be waited for
+    """Say whether nobody has bound the socket at a path any more; where that cannot be seen, somebody may.
+
+    A socket of another type is told so by a living one, which hears nothing of it, nor need it listen yet.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         return probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
@@ -233,21 +235,26 @@ def _is_same(one: Path, other: Path) -> bool:
     return other.exists() and one.samefile(other)
 
 
+def remove_dead_sockets(directory: Path) -> None:
+    """Remove what proxies that were killed have left in a runtime directory."""
+    with _one_at_a_time(directory):
+        list(_living_controls(directory))
+
+
 def _living_controls(directory: Path) -> Iterator[tuple[int, Path]]:
-    """Give the process id and the path of each control socket that somebody listens at."""
+    """Give the process id and the path of each control socket that somebody has; remove those of dead proxies."""
     try:
         names = os.listdir(directory)  # noqa: PTH208 -- names are matched, not paths
     except OSError:
         return
     for name in names:
         match, path = _OURS.fullmatch(name), directory / name
-        if match is None or match["kind"] != _CONTROL or not _is_socket(path):
-            continue  # whoever connects to a hand-over socket asks to take over
+        if match is None or not _is_socket(path):
+            continue
         if _is_dead(path):
-            for left in (path, path.with_suffix(_HAND_OVER)):
-                with suppress(OSError):
-                    left.unlink()
-        else:
+            with suppress(OSError):
+                path.unlink()
+        elif match["kind"] == _CONTROL:
             yield int(match["pid"]), path
 
 

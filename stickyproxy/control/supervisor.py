@@ -26,7 +26,14 @@ from stickyproxy.control.reload import Reloader, watch_file
 from stickyproxy.control.resolver import Resolver
 from stickyproxy.control.routing import Routing
 from stickyproxy.control.runner.runner import Runner
-from stickyproxy.control.runtime import bind_private, control_path, hand_over_path, runtime_directory
+from stickyproxy.control.runner.socket_directory import remove_dead_directories
+from stickyproxy.control.runtime import (
+    bind_private,
+    control_path,
+    hand_over_path,
+    remove_dead_sockets,
+    runtime_directory,
+)
 from stickyproxy.control.secret import load_or_make_secret, state_directory
 from stickyproxy.control.sockets import Sockets
 from stickyproxy.control.systemd import Notifier, Watchdog, match, take_listeners
@@ -183,9 +190,13 @@ class Supervisor:
         self.fleet = Fleet(Orders(self.loaded, self.signing, bound, count_workers(config)), self._on_report)
         stack.push_async_callback(self.fleet.close)
         if config.run is not None:
-            self.runner = Runner(self, config.run, runtime_directory())
+            directory = runtime_directory()
+            remove_dead_directories(directory)
+            self.runner = Runner(self, config.run, directory)
             stack.push_async_callback(self._stop_runner, self.runner)
         self.routing = Routing(config, self.fleet.publish, upstream_contexts)
+        if self.runner is not None:
+            self.routing.is_retired = self.runner.is_retired
         if inherited is not None:
             self.fleet.adopt(inherited)
             self.routing.restore(inherited.routing)
@@ -221,7 +232,6 @@ class Supervisor:
             return
         if self._inherited is None:
             await self.runner.start(self._stop)
-            await self.fleet.published()  # who has waited at the listener must find it
         else:
             await self.runner.adopt(self._inherited.runner)
 
@@ -414,6 +424,8 @@ class Supervisor:
             return None
         try:
             path = written or find_path(os.getpid())
+            if written is None:
+                remove_dead_sockets(path.parent)
             left = None if self._inherited is None else self._inherited.private.get(name)
             link = bind_private(path) if left is None else open_socket(left)
         except UsageError as error:
@@ -446,6 +458,7 @@ class Supervisor:
             totals=self.fleet.totals.to_json(),
             counts={
                 "restarts": self.fleet.restarts,
+                "removed": self.fleet.removed.to_json(asyncio.get_running_loop().time()),
                 "is_reload_due": self._is_reload_due,
                 **export_counts(self),
                 **self.reloader.export(),

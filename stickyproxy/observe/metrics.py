@@ -41,16 +41,11 @@ UPGRADE_OUTCOMES: Final = ("ok", "failed")
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamNumbers:
-    """The numbers of one upstream at one moment; `counters` and `probes` are copies that nobody changes."""
+class UpstreamCounts:
+    """What was counted of one upstream until one moment; `counters` and `probes` are copies that nobody changes."""
 
     cluster: str
     id: str
-    health: Health
-    admin: AdminState
-    is_refused: bool
-    sessions: int
-    idle_connections: int
     counters: UpstreamCounters
     probes: ProbeCounters
 
@@ -61,9 +56,21 @@ class UpstreamNumbers:
 
 
 @dataclass(frozen=True, slots=True)
+class UpstreamNumbers(UpstreamCounts):
+    """The numbers of one upstream that is there, at one moment."""
+
+    health: Health
+    admin: AdminState
+    is_refused: bool
+    sessions: int
+    idle_connections: int
+
+
+@dataclass(frozen=True, slots=True)
 class Numbers:
     """All numbers of the proxy at one moment; `none` are those of exchanges that reached no upstream, by cluster.
 
+    `removed` are upstreams that are no longer there, of which the counters are shown, but no state.
     `affinity`, `handshakes`, `name_lookups` and `certificate_reloads` are by outcome and `breaks` by reason; `guarded`
     says of each cluster whether it serves although no upstream is healthy; `certificates` are the times at which they
     expire, in seconds since 1970, by listener and file. `event_loop_lag` is by kind of process. `ticks` says of each
@@ -96,6 +103,12 @@ class Numbers:
     reloaded_at: float | None = None
     upgrades: Mapping[str, int] = field(default_factory=dict)
     handed_over: Mapping[str, int] = field(default_factory=dict)
+    removed: tuple[UpstreamCounts, ...] = ()
+
+    @property
+    def counted(self) -> tuple[UpstreamCounts, ...]:
+        """Return all upstreams of which something is counted."""
+        return (*self.upstreams, *self.removed)
 
 
 class NumbersCollector(Collector):
@@ -109,9 +122,9 @@ class NumbersCollector(Collector):
         numbers = self._numbers
         yield from _name_exchanges(numbers)
         yield from _name_affinity(numbers)
-        yield from _name_tunnels(numbers.upstreams)
+        yield from _name_tunnels(numbers)
         yield from _name_upstreams(numbers)
-        yield from _name_probes(numbers.upstreams)
+        yield from _name_probes(numbers.counted)
         yield from _name_connections(numbers)
         yield from _name_certificates(numbers)
         yield from _name_workers(numbers)
@@ -151,7 +164,7 @@ def _add(family: HistogramMetricFamily, labels: tuple[str, ...], histogram: Hist
 
 
 def _name_exchanges(numbers: Numbers) -> Iterator[Metric]:
-    rows = [(upstream.labels, upstream.counters) for upstream in numbers.upstreams]
+    rows = [(upstream.labels, upstream.counters) for upstream in numbers.counted]
     none = [((cluster, ""), counters) for cluster, counters in numbers.none.items()]
 
     finished = _counter(
@@ -197,7 +210,8 @@ def _name_exchanges(numbers: Numbers) -> Iterator[Metric]:
         _add(response, labels, counters.response)
         for outcome, count in counters.attempts.items():
             attempts.add_metric((*labels, outcome), count)
-        in_flight.add_metric(labels, counters.in_flight)
+    for upstream in numbers.upstreams:
+        in_flight.add_metric(upstream.labels, upstream.counters.in_flight)
     yield response
     yield attempts
     yield in_flight
@@ -225,7 +239,7 @@ def _name_affinity(numbers: Numbers) -> Iterator[Metric]:
     yield remaining
 
 
-def _name_tunnels(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
+def _name_tunnels(numbers: Numbers) -> Iterator[Metric]:
     is_open = _gauge("tunnels_open", "Tunnels (WebSockets) that are open.", *_UPSTREAM)
     opened = _counter("tunnels", "Tunnels that were opened.", *_UPSTREAM)
     duration = _histogram("tunnel_duration_seconds", "Seconds that tunnels were open, of those that ended.", *_UPSTREAM)
@@ -250,9 +264,10 @@ def _name_tunnels(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
         "code",
         "cause",
     )
-    for upstream in upstreams:
+    for present in numbers.upstreams:
+        is_open.add_metric(present.labels, present.counters.tunnels_open)
+    for upstream in numbers.counted:
         labels, counters = upstream.labels, upstream.counters
-        is_open.add_metric(labels, counters.tunnels_open)
         opened.add_metric(labels, counters.tunnels)
         _add(duration, labels, counters.tunnel_duration)
         size.add_metric((*labels, "received"), counters.tunnel_received_bytes)
@@ -303,7 +318,7 @@ def _name_upstreams(numbers: Numbers) -> Iterator[Metric]:
     yield from (connections, health, refused, admin, guarded)
 
 
-def _name_probes(upstreams: tuple[UpstreamNumbers, ...]) -> Iterator[Metric]:
+def _name_probes(upstreams: tuple[UpstreamCounts, ...]) -> Iterator[Metric]:
     duration = _histogram("probe_duration_seconds", "Seconds that probes took, whatever their outcome.", *_UPSTREAM)
     outcomes = _counter("probes", "Probes (active health checks), by outcome.", *_UPSTREAM, "outcome")
     for upstream in upstreams:

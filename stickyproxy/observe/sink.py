@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import select
+import signal
 import stat
 import threading
 from time import monotonic, sleep
@@ -73,6 +74,7 @@ class WriterThread:
             self._thread.join(flush_s + _MARGIN_S)
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for the main thread, which may wait
         while not self._is_closing.is_set():
             self._is_due.wait()
             self._is_closing.wait(self._gather_s)

@@ -17,19 +17,17 @@ from stickyproxy.control.worker_link import WorkerLink
 from stickyproxy.errors import ChannelError
 from stickyproxy.observe.counters import HANDED
 from stickyproxy.tasks import spawn
-from tests.helpers.fleet import Apps, Running, started
+from tests.helpers.fleet import Apps, Running, started, two_apps
 from tests.helpers.plain_client import PlainClient
-from tests.helpers.supervised import App, Tunnel, open_tunnel, until
+from tests.helpers.supervised import Tunnel, open_tunnel, until
 
 BURST = 24
 
 
 @pytest.fixture
 async def apps() -> AsyncIterator[Apps]:
-    both = await App("a").start(), await App("b").start()
-    yield both
-    for app in both:
-        app.stop()
+    async with two_apps() as apps:
+        yield apps
 
 
 @contextmanager

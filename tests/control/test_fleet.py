@@ -18,7 +18,9 @@ from stickyproxy.control.channel import Channel, Message
 from stickyproxy.control.fleet import Fleet, Orders
 from stickyproxy.control.worker_link import Program, WorkerLink, start_process
 from stickyproxy.errors import UsageError
-from tests.helpers.fleet import Apps, Running, sections, started
+from stickyproxy.observe import removed as removed_module
+from stickyproxy.observe.table import sum_readings
+from tests.helpers.fleet import Apps, Running, sections, started, two_apps
 from tests.helpers.plain_client import AbortedError, PlainClient, ask
 from tests.helpers.supervised import (
     DEADLINE_S,
@@ -40,10 +42,8 @@ from tests.helpers.supervised import (
 
 @pytest.fixture
 async def apps() -> AsyncIterator[Apps]:
-    both = await App("a").start(), await App("b").start()
-    yield both
-    for app in both:
-        app.stop()
+    async with two_apps() as apps:
+        yield apps
 
 
 # Starting
@@ -116,6 +116,37 @@ async def test_what_is_published_while_they_start_reaches_those_that_were_first(
         made.link.close()
 
 
+async def test_who_waits_at_the_listener_meets_what_was_published_last(
+    apps: Apps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the timer that publishes may fire long after the workers accept."""
+    monkeypatch.setattr(fleet_module, "_PUBLISH_S", 1000.0)
+    made = Running(load(**sections(apps)), 2)
+    try:
+        made.fleet._publish_pending()
+        await made.fleet.start()
+        for name in ("a", "b"):
+            made.routing.set_admin_state(name, AdminState.MAINT)
+        made.fleet._publish_pending()
+        made.routing.set_admin_state("b", AdminState.READY)
+        waiting = [await PlainClient.connect(made.port) for _ in range(12)]
+        await made.fleet.accept()
+        for client in waiting:
+            async with client:
+                assert (await client.ask("/")).body == b"b"
+        # A worker that comes later, of which the same holds.
+        kill(made.fleet.links[0].process_id)
+        await until(lambda: made.fleet.restarts == 1, "one has ended")
+        made.routing.set_admin_state("a", AdminState.READY)
+        made.routing.set_admin_state("b", AdminState.MAINT)
+        await until(lambda: len(made.fleet.links) == 2, "another one has come")
+        assert await made.ask(12) == {"a"}
+    finally:
+        await made.fleet.close()
+        made.fleet.board.close()
+        made.link.close()
+
+
 # What they are told, and what they tell
 
 
@@ -151,6 +182,41 @@ async def test_ask_all_gives_what_each_has_answered(apps: Apps) -> None:
         assert [getattr(one, "kind", one) for one in answers] == ["answer"] * 2
         answers = await running_.fleet.ask_all("sing")
         assert [str(one) for one in answers] == ["this version knows no 'sing'"] * 2
+
+
+async def test_what_was_counted_for_an_upstream_that_was_removed_stays_for_some_time(
+    apps: Apps, process: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(apps) as running_:
+        fleet, routing = running_.fleet, running_.routing
+        digest = upstream_digest("g1-1")
+        for name in ("a", "b"):
+            routing.set_admin_state(name, AdminState.DRAIN)
+        routing.add_process(Upstream.model_validate({"id": "g1-1", "url": process.url}))
+        await fleet.published()
+        assert await running_.ask(10) == {"process"}
+
+        def count() -> int:
+            return sum(sum_readings([link.table.read() for link in fleet], fleet.totals).upstream(digest).exchanges)
+
+        assert count() == 10
+        for name in ("a", "b"):
+            routing.set_admin_state(name, AdminState.READY)
+        routing.remove_process("g1-1")
+        await fleet.published()
+        loop = asyncio.get_running_loop()
+        assert fleet.removed.ids(loop.time()) == ["g1-1"]
+        for link in tuple(fleet.links):
+            kill(link.process_id)
+            await running_.replaced(link)
+        routing.set_admin_state("a", AdminState.DRAIN)
+        await fleet.published()
+        assert count() == 10
+        assert fleet._slots.keys() == {upstream_digest(name).hex() for name in ("a", "b")}
+        monkeypatch.setattr(removed_module, "KEPT_S", 0.0)
+        routing.set_admin_state("a", AdminState.READY)
+        await fleet.published()
+        assert (count(), fleet.removed.ids(loop.time())) == (0, [])
 
 
 # App processes that are closed

@@ -349,6 +349,26 @@ async def test_the_numbers_do_not_change_afterwards(proxy: Proxy) -> None:
     assert facts(after.probes) == facts(probes) != before[1]
 
 
+async def test_what_was_counted_for_an_upstream_that_was_removed_is_there(proxy: Proxy) -> None:
+    probes = proxy.prober.counters["app-2"] = ProbeCounters()
+    for counters in (proxy.counters("app-2", 0), proxy.counters("app-2", 1), probes):
+        change_all(counters)
+    expected = proxy.numbers("app-2")
+    upstreams = proxy.config.upstreams
+    proxy.routing.reload(proxy.config.model_copy(update={"upstreams": upstreams[:1]}), {})
+    proxy.routing.drop(["app-2"])
+    now = asyncio.get_running_loop().time()
+    proxy.fleet.removed.note(["app-1", "app-2"], ["app-1"], now)
+    taken = proxy.readings.take_numbers()
+    [removed] = taken.removed
+    assert [one.id for one in taken.upstreams] == ["app-1"]
+    assert removed.labels == ("default", "app-2")
+    assert (facts(removed.counters), facts(removed.probes)) == (facts(expected.counters), facts(expected.probes))
+    proxy.routing.reload(proxy.config, {})  # it is back, before the workers know of it
+    assert [one.id for one in proxy.readings.take_numbers().upstreams] == ["app-1", "app-2"]
+    assert proxy.readings.take_numbers().removed == ()
+
+
 # The lag of the loop
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -341,6 +342,18 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 async def ended(*names: str) -> None:
     threads = {f"look up {name}" for name in names}
     await until(lambda: not threads & {one.name for one in threading.enumerate()})
+
+
+async def test_signals_are_left_to_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[set[int]] = []
+
+    def getaddrinfo(*_: object, **__: object) -> list[object]:
+        held.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert await look_up(NAME) == []
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2} <= held[0]
 
 
 async def test_the_answer_of_the_system_keeps_its_order(gate: threading.Event) -> None:

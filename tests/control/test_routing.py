@@ -395,13 +395,32 @@ def test_closing_is_for_app_processes_and_until_their_end(caplog: pytest.LogCapt
     assert len(published.snapshots) == before + 1
     routing.set_closing(["g1-3"])
     assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-1", "g1-2", "g1-3"]
-    with pytest.raises(ValueError, match="about to be stopped"):
+    with pytest.raises(ValueError, match="takes no new client"):
         routing.set_admin_state("g1-1", AdminState.READY)
     routing.set_admin_state("g1-1", AdminState.MAINT)
     routing.remove_process("g1-1")
     routing.add_process(app_process())
     assert [one.id for one in published.last.upstreams if one.is_closing] == ["g1-2", "g1-3"]
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_an_app_process_that_is_to_end_takes_nobody_again() -> None:
+    routing, published = make()
+    for number in (1, 2):
+        routing.add_process(app_process(f"g1-{number}", f"http://127.0.0.1:2000{number}"))
+    routing.is_retired = lambda upstream_id: upstream_id in {"g1-1", "a"}
+    routing.set_admin_state("g1-1", AdminState.DRAIN)
+    before = len(published.snapshots)
+    with pytest.raises(ValueError, match="the app process 'g1-1' ends once its sessions have; it takes no new client"):
+        routing.set_admin_state("g1-1", AdminState.READY)
+    assert len(published.snapshots) == before
+    assert routing.admin_states["g1-1"] is AdminState.DRAIN
+    for state in (AdminState.MAINT, AdminState.DRAIN):  # its clients can be sent away, and let come again
+        routing.set_admin_state("g1-1", state)
+        assert routing.admin_states["g1-1"] is state
+    for other in ("g1-2", "a"):  # the runner knows app processes only
+        routing.set_admin_state(other, AdminState.DRAIN)
+        routing.set_admin_state(other, AdminState.READY)
 
 
 def test_an_id_belongs_to_one_upstream(caplog: pytest.LogCaptureFixture) -> None:

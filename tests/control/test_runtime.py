@@ -29,6 +29,7 @@ from stickyproxy.control.runtime import (
     find_control,
     hand_over_path,
     peer_credentials,
+    remove_dead_sockets,
     runtime_directory,
 )
 from stickyproxy.errors import UsageError
@@ -217,7 +218,8 @@ def test_a_living_process_keeps_its_socket(directory: Path) -> None:
     with bind_private(path) as link, socket.socket(socket.AF_UNIX) as client:
         with pytest.raises(UsageError, match=f"cannot listen on {path}: another process listens there"):
             bind_private(path)
-        link.accept()[0].close()  # the look at it
+        with pytest.raises(BlockingIOError):
+            link.accept()  # it has heard nothing of it
         client.connect(str(path))
 
 
@@ -315,7 +317,7 @@ def test_the_one_that_runs_is_found() -> None:
 
 def test_dead_ones_are_removed_and_others_files_are_not() -> None:
     directory = runtime_directory()
-    for path in (control_path(1), control_path(2), hand_over_path(2)):
+    for path in (control_path(1), control_path(2), hand_over_path(2), hand_over_path(3)):
         make_dead(path)
     kept = ["secret", "x.control", "3.controlled", "3.control.old", "4.control"]
     for name in kept[:2]:
@@ -326,6 +328,20 @@ def test_dead_ones_are_removed_and_others_files_are_not() -> None:
     with bind_private(control_path(12)):
         assert find_control() == control_path(12)
         assert sorted(path.name for path in directory.iterdir()) == sorted([*kept, "12.control"])
+
+
+def test_what_dead_ones_left_is_removed_and_living_ones_hear_nothing_of_it() -> None:
+    directory = runtime_directory()
+    for path in (control_path(1), hand_over_path(1), hand_over_path(3)):
+        make_dead(path)
+    (directory / "4.control").touch()
+    with bind_private(control_path(12)) as control, bind_private(hand_over_path(12)) as hand_over:
+        remove_dead_sockets(directory)
+        assert sorted(path.name for path in directory.iterdir()) == ["12.control", "12.hand-over", "4.control"]
+        for link in (control, hand_over):
+            with pytest.raises(BlockingIOError):
+                link.accept()
+    remove_dead_sockets(directory / "gone")
 
 
 def test_several_are_named() -> None:
@@ -363,7 +379,7 @@ def test_one_that_does_not_listen_yet_is_not_taken_for_dead(monkeypatch: pytest.
         def listen(self, backlog: int = 0) -> None:
             looking.start()
             started.wait()
-            looking.join(0.2)  # it cannot end before this has listened; without the lock it does, and removes the file
+            looking.join(0.2)  # it cannot end before this has listened: it waits for the lock
             super().listen(backlog)
 
     monkeypatch.setattr(socket, "socket", Slow)

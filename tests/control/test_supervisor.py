@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +16,15 @@ import pytest
 from stickyproxy.config import Address, Loaded, load_text
 from stickyproxy.control.admin.app import AdminListener
 from stickyproxy.control.fleet import Fleet
+from stickyproxy.control.inheritance import Inheritance
 from stickyproxy.control.process import count_workers
+from stickyproxy.control.runner.socket_directory import SocketDirectory
 from stickyproxy.control.supervisor import Supervisor, find_secrets, serve
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy.listener import bind
 from tests.helpers.plain_client import AbortedError, PlainClient, ask
 from tests.helpers.processes import free_port
+from tests.helpers.runner import running_app
 from tests.helpers.serving import can_listen
 from tests.helpers.supervised import (
     DEADLINE_S,
@@ -107,6 +111,33 @@ async def test_a_stop_before_the_start_ends_it_at_once() -> None:
     async with asyncio.timeout(DEADLINE_S):
         await supervisor.run()
     assert list(supervisor.fleet) == []
+
+
+async def test_what_killed_proxies_left_is_removed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="sp-") as short:
+        monkeypatch.setenv("RUNTIME_DIRECTORY", short)
+        left = ["1.control", "1.hand-over", "apps-1/g1-1.sock"]
+        os.mkdir(f"{short}/apps-1", mode=0o700)  # noqa: PTH102
+        for name in left:
+            with socket.socket(socket.AF_UNIX) as link:
+                link.bind(f"{short}/{name}")
+        living = SocketDirectory.make(Path(short))
+        async with running_app(tmp_path, 1):
+            assert names_in(Path(short)) == {living.path.name, f"{os.getpid()}.hand-over"}
+        living.close()
+
+
+async def test_what_was_counted_for_a_removed_upstream_is_shown_by_another_image_too(upstream: App) -> None:
+    async with running(load(upstreams=[upstream.url])) as supervisor:
+        now = asyncio.get_running_loop().time()
+        supervisor.fleet.removed.note(["gone"], [], now)
+        written = json.loads(json.dumps(supervisor.export().to_json()))
+        another = Fleet(supervisor.fleet.orders, lambda *_: None)
+        another.board.close()
+        another.adopt(Inheritance.from_json(written | {"board": None}, os.environ))
+        assert another.removed.ids(now) == ["gone"]
 
 
 async def test_the_workers_share_one_address(upstream: App, tmp_path: Path) -> None:

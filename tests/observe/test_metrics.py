@@ -25,7 +25,7 @@ from stickyproxy.observe.counters import (
     ProbeCounters,
     UpstreamCounters,
 )
-from stickyproxy.observe.metrics import Numbers, UpstreamNumbers, write_metrics
+from stickyproxy.observe.metrics import Numbers, UpstreamCounts, UpstreamNumbers, write_metrics
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -261,6 +261,26 @@ def test_probes_are_counted_by_outcome_from_zero() -> None:
         assert value("probes_total", **APP_1, outcome=outcome) == 0
     assert value("probe_duration_seconds_count", **APP_1) == 1
     assert value("probe_duration_seconds_bucket", **APP_1, le="0.005") == 1
+
+
+def test_of_an_upstream_that_was_removed_only_what_was_counted_is_shown() -> None:
+    def count(counters: UpstreamCounters) -> None:
+        count_exchanges(counters)
+        count_tunnels(counters)
+
+    present = make_upstream("app-2", count=count)
+    gone = UpstreamCounts("default", "app-1", make_upstream(count=count).counters, ProbeCounters())
+    names: dict[str, set[str]] = {"app-1": set(), "app-2": set()}
+    kinds = {}
+    for family in parse_text(write_metrics(replace(make_numbers(present), removed=(gone,)), "")[0].decode()):
+        for sample in family.samples:
+            names.get(sample.labels.get("upstream", ""), set()).add(family.name)
+            kinds[family.name] = family.type
+    assert names["app-1"] == {name for name in names["app-2"] if kinds[name] != "gauge"}
+    assert {"stickyproxy_exchanges", "stickyproxy_tunnels", "stickyproxy_probes"} <= names["app-1"]
+    value = Exposed(replace(make_numbers(present), removed=(gone,)))
+    assert value("exchanges_total", **APP_1, method="GET", status_class="2xx") == 2
+    assert value("tunnels_total", **APP_1) == 5
 
 
 def test_numbers_of_the_proxy_itself() -> None:

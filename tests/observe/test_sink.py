@@ -1,6 +1,7 @@
 """The thread that writes, and where it writes to; what the logs that use both do is shown with them."""
 
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_a_write_that_hangs_is_left_behind() -> None:
     thread.close(0.0)
     assert thread.is_alive
     may_end.set()
+
+
+def test_signals_are_left_to_the_main_thread() -> None:
+    held: list[set[int]] = []
+    thread = WriterThread(NAME, lambda: held.append(set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))), gather_s=0.0)
+    thread.start()
+    thread.close(DEADLINE_S)
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2} <= held[0]
 
 
 def test_one_that_never_began_is_closed_at_once() -> None:

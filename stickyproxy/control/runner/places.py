@@ -8,8 +8,6 @@ import os
 import re
 import secrets
 import socket
-import stat
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from typing_extensions import override
 
 from stickyproxy.config.address import MAX_SOCKET_PATH_BYTES, Address
+from stickyproxy.control.runner.socket_directory import SocketDirectory
 from stickyproxy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,12 +81,13 @@ class Places:
     `ports` may be set to another range; what is taken stays where it is.
 
     That directory is made when a socket is first asked for, below `directory`, which is the runtime directory of the
-    proxy: this user's alone. It is named after the process id, which another image of this process keeps.
+    proxy: this user's alone.
     """
 
     def __init__(self, ports: PortRange, directory: Path) -> None:
         self.ports = ports
-        self.directory = directory / f"apps-{os.getpid()}"
+        self._runtime_directory = directory
+        self._directory: SocketDirectory | None = None
         self._taken_ports: set[int] = set()
         self._used_paths: set[Path] = set()
         # Somewhere in the range, and from there on round: two proxies with one range that start at once do not look
@@ -124,8 +124,18 @@ class Places:
 
     def close(self) -> None:
         """Remove the directory of the sockets, when all places are released; with a file of another it stays."""
-        with suppress(OSError):
-            self.directory.rmdir()
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            directory.close()
+
+    def leave(self) -> dict[str, Any]:
+        """Return what another image of this process needs besides the places: `resume` takes it."""
+        return {"directory": None if self._directory is None else self._directory.leave()}
+
+    def resume(self, left: Mapping[str, Any]) -> None:
+        """Go on with the directory that a former image of this process has left."""
+        if left.get("directory") is not None:
+            self._directory = SocketDirectory.adopt(left["directory"])
 
     def _release(self, place: Place) -> None:
         if place.port is not None:
@@ -183,9 +193,11 @@ class Places:
     # Sockets
 
     def _choose_path(self, upstream_id: str) -> Path:
-        self._make_directory()
+        if self._directory is None:
+            self._directory = SocketDirectory.make(self._runtime_directory)
+        directory = self._directory.path
         name = _UNSAFE.sub("_", upstream_id)
-        free = (self.directory / f"{name}{f'-{number}' if number > 1 else ''}.sock" for number in count(1))
+        free = (directory / f"{name}{f'-{number}' if number > 1 else ''}.sock" for number in count(1))
         # One that was used before may belong to an upstream that is waited for: it would seem to be back too soon.
         path = next(path for path in free if path not in self._used_paths)
         self._used_paths.add(path)
@@ -199,16 +211,6 @@ class Places:
         except OSError as error:
             raise UsageError(f"cannot remove {path}, which is in the way: {_explain(error)}") from error
         return path
-
-    def _make_directory(self) -> None:
-        """Make the directory; raise UsageError where others could put sockets of theirs into it."""
-        try:
-            self.directory.mkdir(mode=0o700, exist_ok=True)
-            found = self.directory.lstat()
-        except OSError as error:
-            raise UsageError(f"cannot make the directory {self.directory}: {_explain(error)}") from error
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise UsageError(f"{self.directory} is no directory of this user alone; remove it")
 
 
 def _explain(error: OSError) -> str:

@@ -1,7 +1,9 @@
 """The API of the state."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -9,13 +11,20 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from stickyproxy.affinity.snapshot import AdminState
-from stickyproxy.config import Config
+from stickyproxy.config import Admin, Config
+from stickyproxy.control.admin.app import make_app
+from stickyproxy.control.admin.auth import make_guard
 from stickyproxy.control.admin.state import parse_admin_state
 from stickyproxy.control.readings import Readings
 from stickyproxy.control.routing import Routing
+from stickyproxy.control.runner.deploy import DeployOptions
+from stickyproxy.control.runner.runner import Runner
+from tests.helpers.runner import running_app
+from tests.helpers.supervised import open_tunnel, port_of, until
 
 Client = TestClient[web.Request, web.Application]
 IDS = ["app-1", "127.0.0.1:8002", "/run/app one.sock"]
@@ -71,6 +80,61 @@ async def test_an_upstream_that_is_leaving_takes_nobody_again(
     assert settled == []
     response = await client.put(path_of("app-1"), json={"state": "maint"})
     assert ((await response.json())["admin_state"], (await response.json())["is_leaving"]) == ("maint", True)
+
+
+async def put(client: Client, upstream_id: str, state: str) -> tuple[int, str]:
+    """Ask for a state; return the status, and the state that it has or why not."""
+    response = await client.put(path_of(upstream_id), json={"state": state})
+    answer = await response.json()
+    return response.status, answer.get("error") or answer["admin_state"]
+
+
+@asynccontextmanager
+async def operated(directory: Path, connect: AiohttpClient) -> AsyncIterator[tuple[Client, Runner]]:
+    """Run two app processes that are in use, and give a client of the API."""
+    async with running_app(directory, 2) as (supervisor, runner):
+        await until(lambda: all(seat.state == "ready" for seat in runner.seats.values()))
+        tunnels = [await open_tunnel(port_of(supervisor)) for _ in range(2)]
+        assert {tunnel.app for tunnel in tunnels} == {"g1-1", "g1-2"}
+        guard, settle = make_guard(Admin()), supervisor.fleet.published
+        yield await connect(make_app(guard, supervisor.readings, supervisor.routing, settle)), runner
+        for tunnel in tunnels:
+            await tunnel.client.__aexit__(None, None, None)
+
+
+def refused(upstream_id: str) -> tuple[int, str]:
+    words = f"the app process {upstream_id!r} ends once its sessions have; it takes no new client. "
+    return 409, f"{words}For more processes: stickyproxy scale"
+
+
+async def test_an_app_process_whose_place_another_generation_takes_takes_nobody_again(
+    tmp_path: Path, aiohttp_client: AiohttpClient
+) -> None:
+    async with operated(tmp_path, aiohttp_client) as (client, runner):
+        assert await put(client, "g1-1", "drain") == (200, "drain")
+        assert await put(client, "g1-1", "ready") == (200, "ready")  # what an operator drains, an operator takes back
+        deploy = runner.begin_deploy(DeployOptions(drain_timeout_s=None, pace_per_s=20.0, surge=0, watch_s=2.0))
+        await until(lambda: deploy.state == "watching")
+        assert await put(client, "g1-1", "ready") == refused("g1-1")
+        await until(lambda: deploy.state == "draining")
+        assert await put(client, "g1-1", "ready") == refused("g1-1")
+        assert await put(client, "g2-1", "drain") == (200, "drain")
+        assert await put(client, "g2-1", "ready") == (200, "ready")
+        assert await put(client, "g1-1", "maint") == (200, "maint")
+        assert await put(client, "g1-1", "ready") == refused("g1-1")
+        assert await put(client, "g1-1", "drain") == (200, "drain")
+
+
+async def test_an_app_process_that_is_one_too_many_takes_nobody_again(
+    tmp_path: Path, aiohttp_client: AiohttpClient
+) -> None:
+    async with operated(tmp_path, aiohttp_client) as (client, runner):
+        runner.scale(1)
+        await until(lambda: "draining" in {seat.state for seat in runner.seats.values()})
+        drained = next(seat.id for seat in runner.seats.values() if seat.state == "draining")
+        [other] = runner.seats.keys() - {drained}
+        assert await put(client, drained, "ready") == refused(drained)
+        assert await put(client, other, "ready") == (200, "ready")
 
 
 async def test_a_colon_need_not_be_escaped(client: Client, routing: Routing) -> None:
