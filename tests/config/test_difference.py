@@ -137,14 +137,12 @@ def test_processes_are_told_as_the_file_has_them(before: str, after: str, expect
 
 def test_a_preset_is_told_with_what_it_brings() -> None:
     form = "{{presets: {}, run: {{command: app}}}}"
-    assert lines(form.format("[]"), form.format("streamlit")) == [
-        "presets: streamlit added",
-        "run.env: STREAMLIT_SERVER_ADDRESS added",
-        "run.env: STREAMLIT_SERVER_PORT added",
-        "run.env: STREAMLIT_SERVER_HEADLESS added",
-        "run.env: STREAMLIT_BROWSER_GATHER_USAGE_STATS added",
-        "run.ready.path: null -> /_stcore/health",
-        "health.probe.path: null -> /_stcore/health",
+    assert lines(form.format("[]"), form.format("chainlit")) == [
+        "presets: chainlit added",
+        "run.env: CHAINLIT_HOST added",
+        "run.env: CHAINLIT_PORT added",
+        "run.ready.path: null -> /health",
+        "health.probe.path: null -> /health",
     ]
     assert lines(form.format("[panel]"), form.format("engineio")) == [
         "presets: panel removed",

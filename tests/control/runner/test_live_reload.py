@@ -137,6 +137,7 @@ async def test_a_deploy_by_hand_is_not_given_up_and_what_changes_meanwhile_is_de
     async with reloading(tmp_path) as (_, runner, app):
         (tmp_path / "version").write_text("silent")  # so that it lasts
         by_hand = runner.begin_deploy(BY_HAND)
+        await until(lambda: is_starting_silent(runner))
         app.change("2")
         await until(lambda: runner.live_reload.has_changed)
         runner.live_reload.deploy_if_due()
