@@ -111,7 +111,7 @@ async def test_a_deploy_leaves_no_replacement_of_the_generation_before(tmp_path:
     async with running_app(tmp_path, 1) as (_, runner):
         (tmp_path / "version").write_text("silent")  # so that the replacement does not get ready
         runner.replace(runner.seats["g1-1"])
-        await until(lambda: runner.seats["g1-2"].process is not None)
+        await until(lambda: "starting silent" in runner.seats["g1-2"].last_lines)
         (tmp_path / "version").write_text("2")
         deploy = runner.begin_deploy(AT_ONCE)
         await until(lambda: deploy.state == "ok")
