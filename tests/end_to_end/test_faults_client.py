@@ -426,7 +426,7 @@ async def test_when_a_client_is_gone_whose_tunnel_the_app_does_not_read_nothing_
         await asyncio.gather(upload, return_exceptions=True)
         client.reset()
     await eventually(lambda: descriptors(proxy.worker) <= before, "the descriptors are free again")
-    assert proxy.metric("tunnels_open") == 0
+    await eventually(lambda: proxy.metric("tunnels_open") == 0, "it is counted no more", look_s=0.1)
 
 
 @GONE

@@ -18,11 +18,11 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 async def eventually(is_so: Callable[[], object], what: str = "", *, look_s: float = 0.002) -> None:
-    """Wait until a condition holds; fail after 30 s.
+    """Wait until a condition holds; fail after a minute.
 
     `what` names it, where the source line says too little; `look_s` is the time between two looks.
     """
