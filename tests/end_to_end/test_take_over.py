@@ -233,8 +233,9 @@ async def test_a_successor_that_cannot_start_changes_nothing(stage: Stage, reaso
 @pytest.mark.parametrize("moment", ["accept", "first worker", "done"])
 async def test_a_successor_that_is_killed_in_the_middle_is_recovered_from(stage: Stage, moment: str) -> None:
     """What B's workers had is lost with them; A has all else, and as many workers as before."""
-    app, tree = await stage.app(), stage.tree("b-tree")
-    a = await stage.serve(app, workers=2)
+    app, tree, still = await stage.app(), stage.tree("b-tree"), stage.tree("a-tree")
+    still.keep_connections()
+    a = await stage.serve(app, tree=still, workers=2)
     kept = [await a.connect() for _ in range(20)]
     for client in kept:
         assert (await client.ask("/")).status == 200
@@ -286,6 +287,7 @@ async def test_where_the_old_one_is_killed_in_the_middle_the_new_one_serves(stag
         "                    channel.answer(message, await self._let_depart(message))\n"
         "                    await channel.flush()\n                    import os; os.kill(os.getpid(), 9)\n",
     )
+    tree.keep_connections()
     a = await stage.serve(app, tree=tree)
     tunnels = [await a.open_tunnel() for _ in range(20)]
     held = {one: ports_held(one, a.port) for one in a.workers}
@@ -320,13 +322,16 @@ async def test_a_worker_that_dies_in_the_middle_takes_only_its_own_along(stage: 
         f"        import os as _os\n        try:\n            open({str(flag)!r}, 'x').write(str(_os.getpid()))\n"
         f"            _os.kill(_os.getpid(), 9)\n        except FileExistsError:\n            pass\n{old}",
     )
-    a = await (stage.serve(app, tree=tree) if of_a else stage.serve(app))
+    still = stage.tree("still")
+    for one in (tree, still):
+        one.keep_connections()
+    a = await stage.serve(app, tree=tree if of_a else still)
     kept = [await a.connect() for _ in range(20)]
     for client in kept:
         assert (await client.ask("/")).status == 200
     tunnels = [await a.open_tunnel() for _ in range(20)]
     held = {one: ports_held(one, a.port) for one in a.workers}
-    b = await (begin_b(stage, a, app) if of_a else begin_b(stage, a, app, tree=tree)).serving()
+    b = await begin_b(stage, a, app, tree=still if of_a else tree).serving()
     struck = int(flag.read_text())
     doomed = held[struck] if of_a else set()
     await ended(a)
@@ -460,12 +465,13 @@ async def test_of_two_at_once_one_is_refused(stage: Stage) -> None:
     app, tree = await stage.app(), stage.tree("b-tree")
     a = await stage.serve(app)
     tunnel = await a.open_tunnel()
-    flag = stage.directory / "there"
+    flag, go_on = stage.directory / "there", stage.directory / "go on"
     old = "        counts = await predecessor.hand_over("
     tree.replace(
         "control/supervisor.py",
         old,
-        f"        open({str(flag)!r}, 'x').close()\n        await asyncio.sleep(3)\n{old}",
+        f"        open({str(flag)!r}, 'x').close()\n"
+        f"        while not os.path.exists({str(go_on)!r}):\n            await asyncio.sleep(0.05)\n{old}",
     )
     b = begin_b(stage, a, app, tree=tree)
     await until(flag.exists, "B is in the middle")
@@ -474,6 +480,7 @@ async def test_of_two_at_once_one_is_refused(stage: Stage) -> None:
     assert "cannot take over from" in c.log
     assert "hand-over refused: another proxy is taking over already" in a.log
     assert "another proxy is taking over" in await a.fail_to_upgrade()
+    go_on.touch()
     await b.serving()
     await ended(a)
     await tunnel.echo()

@@ -667,6 +667,7 @@ async def test_an_old_worker_that_dies_takes_only_its_own_along(stage: Stage) ->
         "        if self._is_departing or self._is_ending:\n",
         stage.directory / "struck",
     )
+    tree.keep_connections()
     proxy = await stage.serve(app, tree=tree)
     kept, tunnels = await hold_connections(proxy, 20)
     before = proxy.workers

@@ -86,7 +86,7 @@ async def test_a_worker_that_is_killed_takes_only_its_connections_along(stage: S
     began_s = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     scrapes = 0
-    while not is_replaced(proxy, before - {victim}):
+    while not is_replaced(proxy, victim, before - {victim}):
         for path in ("/metrics", "/api/v1/state"):
             await proxy.get(path)
             scrapes += 1
@@ -114,9 +114,9 @@ async def test_a_worker_that_is_killed_takes_only_its_connections_along(stage: S
     await proxy.stop()
 
 
-def is_replaced(proxy: Proxy, others: set[int]) -> bool:
-    new = proxy.workers - others
-    return len(proxy.workers) == 2 and all(listens(one, proxy.port) for one in new)
+def is_replaced(proxy: Proxy, victim: int, others: set[int]) -> bool:
+    now = proxy.workers
+    return victim not in now and len(now) == 2 and all(listens(one, proxy.port) for one in now - others)
 
 
 async def until_counted(proxy: Proxy, answered: int, aborted: int) -> None:

@@ -143,6 +143,10 @@ class Tree:
         """Put a file back to what it was copied from."""
         shutil.copy2(REPOSITORY / "stickyproxy" / name, self._path(name))
 
+    def keep_connections(self) -> None:
+        """Let no worker even out its connections, so that each keeps those that it has."""
+        self.replace("control/balance.py", "LOOK_S: Final = 1.0", "LOOK_S: Final = 3600.0")
+
     def name_version(self, version: str) -> None:
         """Let the package be of another version."""
         self._path("__init__.py").write_text(f'"""Another version of stickyproxy."""\n\n__version__ = "{version}"\n')

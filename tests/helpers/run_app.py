@@ -5,8 +5,8 @@
 `/` answers with a JSON object: its process id, upstream id, version (what the file held when it started) and how many
 requests came with the same `X-Visitor`. `/ws` echoes after a 101, `/hold` answers after as many seconds as its
 query says, `/grow` takes as many MiB of memory, and `/exit` ends the process. Where the version is "broken" it ends at
-once, "late" dies one second after it is ready, "silent" never listens. Faults: `deaf` ignores SIGTERM, `children`
-starts a child that ignores SIGTERM too, `elsewhere` listens on a port of its own choice.
+once, "late" dies one second after the first connection, "silent" never listens. Faults: `deaf` ignores SIGTERM,
+`children` starts a child that ignores SIGTERM too, `elsewhere` listens on a port of its own choice.
 """
 
 import argparse
@@ -37,6 +37,8 @@ class App:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
+        if self._facts["version"] == "late":
+            asyncio.get_running_loop().call_later(1.0, os._exit, 9)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -107,8 +109,6 @@ async def main() -> None:
         port = 0 if options.fault == "elsewhere" else options.port or int(os.environ["PORT"])
         await asyncio.start_server(app.serve, "127.0.0.1", port)
     print("listening", flush=True)
-    if version == "late":
-        loop.call_later(1.0, os._exit, 9)
     await ended.wait()
 
 
