@@ -166,12 +166,12 @@ class PanelPage(DataAppPage):
 
         It begins to count anew; and it knows nothing of the page, so that its style sheets come from a CDN.
         """
-        return bool(self._elsewhere) or int(self._counted.inner_text().split()[0]) < self._done
+        return bool(self._elsewhere) or int((self._counted.text_content() or "0").split()[0]) < self._done
 
     def _counts_on(self) -> bool:
         """Count, and say whether that is seen: a page that has only just connected again loses a click."""
         self.act()
-        return "2 counted by" not in self._counted.inner_text()
+        return "2 counted by" not in (self._counted.text_content() or "")
 
     def _on_request(self, request: Request) -> None:
         if request.url.startswith("https:"):

@@ -53,9 +53,14 @@ class RecipePage(ABC):
         """Wait for a text with `PROCESS` in it; return what stands there."""
         pattern = re.compile(text.replace("PROCESS", r"(g\d+-\d+)"))
         expect(locator).to_contain_text(pattern, timeout=TIMEOUT_MS)
-        match = pattern.search(locator.inner_text())
-        assert match
-        return match[1]
+        found: list[str] = []
+
+        def is_read() -> bool:  # the page may be drawn anew at this moment
+            found[:] = pattern.findall(locator.text_content() or "")
+            return bool(found)
+
+        self.tab.wait_until(is_read, "the process is named")
+        return found[0]
 
     def _is_refused(self, *statuses: int) -> bool:
         return any(answer.status in statuses for answer in self.engineio_answers())

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,16 +44,22 @@ class ChildEndedError(AssertionError):
     """A child ended before it was ready; the text holds the end of its output."""
 
 
+_given: deque[int] = deque(maxlen=100)
+
+
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that was free a moment ago."""
+    """Return a port of 127.0.0.1 that was free a moment ago, and is none of the last ones returned."""
     for _ in range(100):
         port = PORTS[secrets.randbelow(len(PORTS))]
+        if port in _given:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+            _given.append(port)
             return port
     raise AssertionError(f"no free port in {PORTS}")
 
