@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stickyproxy.cli.words import table
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -16,12 +18,5 @@ def write_table(rows: Sequence[Sequence[str]], left: Collection[int], *, is_mark
     if is_markdown:
         rule = ["---" if place in left else "---:" for place in range(len(rows[0]))]
         return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-        if any(row)  # the columns may have no names
-    ]
+    named = [row for row in rows if any(row)]  # the columns may have no names
+    return table(named, right=set(range(len(rows[0]))) - set(left))

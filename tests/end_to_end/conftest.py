@@ -8,6 +8,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from tests.helpers.browser import Visitors, launch_chromium
 from tests.helpers.processes import Children
+from tests.helpers.recipe import Recipe
 
 
 @runtime_checkable
@@ -37,6 +38,13 @@ def browser() -> Iterator[Browser]:
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
     with Children(tmp_path_factory.mktemp("children")) as children:
         yield children
+
+
+@pytest.fixture(scope="module")
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
+    """Run the recipe of a framework, which tests name as the parameter of this fixture."""
+    with Recipe(request.param, tmp_path_factory.mktemp(request.param)) as recipe:
+        yield recipe
 
 
 @pytest.fixture

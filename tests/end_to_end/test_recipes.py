@@ -31,12 +31,6 @@ CHAINLIT: Final = pytest.mark.parametrize("site", ["chainlit"], indirect=True)
 SOCKETIO: Final = pytest.mark.parametrize("site", ["fastapi-socketio"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
-    with Recipe(request.param, tmp_path_factory.mktemp(request.param)) as recipe:
-        yield recipe
-
-
 @pytest.fixture
 def url_without_affinity(site: Recipe, visitors: Visitors) -> Iterator[str]:
     """Start a proxy that ends before its visitors leave: Chromium closes no page that loads itself again and again."""

@@ -3,7 +3,7 @@
 import http.client
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -28,12 +28,6 @@ RECONNECTING: Final = pytest.mark.parametrize("site", ["streamlit", "panel"], in
 STREAMLIT: Final = pytest.mark.parametrize("site", ["streamlit"], indirect=True)
 GRADIO: Final = pytest.mark.parametrize("site", ["gradio"], indirect=True)
 PANEL: Final = pytest.mark.parametrize("site", ["panel"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
-    with Recipe(request.param, tmp_path_factory.mktemp(request.param)) as recipe:
-        yield recipe
 
 
 @pytest.fixture
