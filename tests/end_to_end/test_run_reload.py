@@ -98,6 +98,12 @@ class Development:
         """How many have begun."""
         return len(re.findall(r"deploy: generation \d+ starts", self.log))
 
+    @property
+    def watchers(self) -> int:
+        """How many threads of the proxy the system tells of files."""
+        threads = Path(f"/proc/{self.proxy.pid}/task")
+        return sum("notify" in path.read_text() for path in threads.glob("*/comm"))
+
     def end(self) -> None:
         """End the proxy as Ctrl-C does; nothing may be left."""
         os.kill(self.proxy.pid, signal.SIGINT)
@@ -151,6 +157,7 @@ def test_without_the_option_nothing_that_is_saved_is_served(development: Develop
     development.run("-w", "1")
     development.save("second one")
     assert development.ask() == "first"
+    assert development.watchers == 0  # so that nothing comes of it later either
     development.end()
     assert development.deploys == 0
 
@@ -201,12 +208,7 @@ def test_an_upgrade_watches_on(development: Development) -> None:
     development.run(*RUN)
     os.kill(development.proxy.pid, signal.SIGUSR2)
     development.logged("upgraded from version ")
-    threads = Path(f"/proc/{development.proxy.pid}/task")
-
-    def watching() -> int:
-        return sum("notify" in path.read_text() for path in threads.glob("*/comm"))
-
-    wait_until(lambda: watching() == 1, "the new image watches")
+    wait_until(lambda: development.watchers == 1, "the new image watches")
     development.save("second one")
     development.serves("second one")
     development.logged("has taken over from all before")
@@ -225,19 +227,14 @@ def test_a_reload_turns_it_on_and_off(development: Development) -> None:
     development.run("--config", str(file))
     write("{include: ['*.txt']}")
     development.logged("reloaded: run.reload: false -> {include: ['*.txt']}")
-    threads = Path(f"/proc/{development.proxy.pid}/task")
-
-    def is_watching() -> bool:
-        return any("notify" in path.read_text() for path in threads.glob("*/comm"))
-
-    wait_until(is_watching, "it watches")
+    wait_until(lambda: development.watchers == 1, "it watches")
     (development.directory / "note.txt").write_text("1")
     development.logged("live reload: note.txt changed")
     development.save("second one")
     development.serves("second one")
     write("off")
     development.logged("-> false")
-    wait_until(lambda: not is_watching(), "it watches no more")
+    wait_until(lambda: development.watchers == 0, "it watches no more")
     development.end()
 
 
