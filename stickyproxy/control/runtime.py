@@ -238,7 +238,8 @@ def _is_same(one: Path, other: Path) -> bool:
 def remove_dead_sockets(directory: Path) -> None:
     """Remove what proxies that were killed have left in a runtime directory."""
     with _one_at_a_time(directory):
-        list(_living_controls(directory))
+        for _ in _living_controls(directory):
+            pass
 
 
 def _living_controls(directory: Path) -> Iterator[tuple[int, Path]]:

@@ -405,6 +405,9 @@ class Supervisor:
     async def _start_private(self, stack: AsyncExitStack) -> None:
         """Listen for commands, and for a proxy that takes over."""
         stack.callback(self._close_private)
+        if None in {self.config.control, self.config.hand_over}:
+            with suppress(UsageError):  # it is told where the sockets are made
+                remove_dead_sockets(runtime_directory())
         link = self._open_private("control", self.config.control, control_path)
         if link is not None:
             app = make_app(admit_same_user, self.readings, self.routing, self.fleet.published)
@@ -424,8 +427,6 @@ class Supervisor:
             return None
         try:
             path = written or find_path(os.getpid())
-            if written is None:
-                remove_dead_sockets(path.parent)
             left = None if self._inherited is None else self._inherited.private.get(name)
             link = bind_private(path) if left is None else open_socket(left)
         except UsageError as error:
