@@ -8,6 +8,7 @@
         RequestError            the client sent something wrong (side "downstream")
         ResponseError           the upstream sent something wrong (side "upstream")
         UpstreamUnavailable     no upstream could take the exchange (side "proxy")
+        UpstreamGone            the upstream that holds what a request is about is gone (side "proxy")
 
 `proxy/respond.py` is the one place that turns an ExchangeError into a response.
 """
@@ -89,3 +90,12 @@ class UpstreamUnavailable(ExchangeError):  # noqa: N818 -- names the state, as 5
 
     def __init__(self, reason: str, *, proxy_status: str = "destination_unavailable", retry_after_s: int = 1) -> None:
         super().__init__(reason, status=503, phase="choose", proxy_status=proxy_status, retry_after_s=retry_after_s)
+
+
+class UpstreamGone(ExchangeError):  # noqa: N818 -- names the state
+    """The upstream that holds what a request is about is gone; `content_type` and `body` are what it would answer."""
+
+    def __init__(self, reason: str, *, status: int, content_type: str, body: str) -> None:
+        super().__init__(reason, status=status, phase="choose", proxy_status="destination_unavailable")
+        self.content_type = content_type
+        self.body = body

@@ -24,6 +24,9 @@ class Outcome(StrEnum):
     """How the upstream of an exchange was found; the label values of `affinity_total`."""
 
     HIT = "hit"  # the token's upstream
+    LEARNED = "learned"  # where a key was made by the app
+    HASHED = "hashed"  # where a key that the client has made leads to
+    GONE = "gone"  # the upstream that has made the key is gone: answered in its place
     NEW = "new"  # no token: placed by the policy and pinned
     INVALID = "invalid"  # forged, cut or unknown token: treated as new
     EXPIRED = "expired"  # the token's lifetime is over: treated as new
@@ -43,6 +46,8 @@ class BreakReason(StrEnum):
     REMOVED = "removed"  # it is no longer in the configuration
     MAINT = "maint"  # the operator took it out
     UNREACHABLE = "unreachable"  # this exchange tried it in vain
+    RELEASED = "released"  # the app has said so
+    MOVED = "moved"  # the app has named another upstream
     CLOSED = "closed"  # the time that it had to drain is over, and nothing of the session is open
 
 
@@ -63,12 +68,14 @@ ALL_FULL: Final = Choice(None, Outcome.FULL)
 class Question:
     """What the slow path asks: who is it, and what was tried already.
 
-    `token` says how the token looked where there is no session; `address_key` is the client's address where the last
-    rung of the ladder may be used; `tried` holds the digests of upstreams that this exchange found dead.
+    `token` says how the token looked where there is no session; `key` is one that the client has made, `address_key`
+    its address where the last rung of the ladder may be used; `tried` holds the digests of upstreams that this exchange
+    found dead.
     """
 
     session: Session | None
     token: Outcome = Outcome.NEW
+    key: bytes | None = None
     address_key: bytes | None = None
     tried: frozenset[bytes] = frozenset()
     has_waited: bool = False
@@ -79,7 +86,7 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     if question.session is None:
         return _place(snapshot, question, chance, load)
     pinned = snapshot.by_digest.get(question.session.digest)
-    reason = _why_broken(pinned, question.session, question.tried)
+    reason = why_broken(snapshot, question.session, question.tried)
     if reason is None:
         return Choice(pinned, Outcome.HIT)
     if pinned is not None and not pinned.is_closing:  # else it will not come back
@@ -100,7 +107,9 @@ def choose(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     return Choice(chance.choose(snapshot, candidates, load), Outcome.REDISPATCHED, reason)
 
 
-def _why_broken(pinned: Upstream | None, session: Session, tried: frozenset[bytes]) -> BreakReason | None:
+def why_broken(snapshot: Snapshot, session: Session, tried: frozenset[bytes]) -> BreakReason | None:
+    """Return why the pin of a session does not hold, or None where it does; O(1)."""
+    pinned = snapshot.by_digest.get(session.digest)
     if pinned is None:
         return BreakReason.REMOVED
     if pinned.admin is AdminState.MAINT:
@@ -119,6 +128,8 @@ def _place(snapshot: Snapshot, question: Question, chance: Chance, load: Callabl
     candidates = _with_room(snapshot, candidates, load)
     if not candidates:
         return ALL_FULL
+    if question.key is not None:
+        return Choice(choose_rendezvous(candidates, question.key), Outcome.HASHED)
     if question.address_key is not None:
         return Choice(choose_rendezvous(candidates, question.address_key), Outcome.ADDRESS)
     outcome = question.token if snapshot.rules.has_cookie else Outcome.UNPINNED

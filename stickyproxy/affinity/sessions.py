@@ -148,6 +148,22 @@ class SessionTable:
             self.move(session, digest, pinned_at)
         return session
 
+    def hold(self, client_id: bytes, digest: bytes, wall: float) -> Session:
+        """Return the session of a client that is pinned to `digest`, as something else than a token says."""
+        session = self._active.get(client_id)
+        if session is None:
+            return Session(client_id, digest, int(wall))
+        if session.digest != digest:
+            self.move(session, digest, wall)
+        return session
+
+    def end(self, session: Session) -> None:
+        """Count the session as active no more, unless more of it is open than one exchange."""
+        if self._active.get(session.client_id) is session and session.open <= 1:
+            del self._active[session.client_id]
+            self._count(session.digest, -1)
+            self._note(session)
+
     def touch(self, session: Session, now: float) -> bool:
         """Count the session as active now, and say whether it was not before; at most once for each tick of `now`."""
         session.active_at = now

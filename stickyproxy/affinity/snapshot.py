@@ -39,6 +39,11 @@ def upstream_digest(upstream_id: str) -> bytes:
     return blake2b(upstream_id.encode(), digest_size=DIGEST_BYTES, person=b"stickyproxy-id").digest()
 
 
+def nowhere_digest(cluster: str) -> bytes:
+    """Return what stands for no upstream of a cluster, where counters are kept by digest; no id has such a space."""
+    return upstream_digest(f"none of {cluster}")
+
+
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """One app process, as it stands at one moment.

@@ -105,7 +105,7 @@ def ready(upstream_id: str, control: Path | None) -> None:
 
 
 async def _set_state(client: ControlClient, upstream_id: str, state: str) -> Any:
-    path = f"/api/v1/clusters/default/upstreams/{quote(upstream_id, safe='')}/state"
+    path = f"/api/v1/upstreams/{quote(upstream_id, safe='')}/state"
     with refusals():
         return await client.put(path, {"state": state})
 

@@ -38,6 +38,15 @@ def check(file: Path) -> None:
 
 
 def _describe_apps(config: Config) -> str:
+    apps = _describe_default(config)
+    if not config.clusters:
+        return apps
+    listed = count(sum(len(one.upstreams) for one in config.clusters), "upstream")
+    more = f"{count(len(config.clusters), 'more cluster')} with {listed}" if config.has_default else ""
+    return f"{apps}, {more}" if more else f"{count(len(config.clusters), 'cluster')} with {listed}"
+
+
+def _describe_default(config: Config) -> str:
     if config.run is None:
         return count(len(config.upstreams), "upstream")
     processes = config.run.processes
@@ -50,7 +59,7 @@ def _check_certificates(config: Config) -> None:
     """Read all certificates and keys; raise UsageError with a line for each that cannot be used."""
     makers: list[Callable[[], ssl.SSLContext]] = [
         *(partial(make_listener_context, one.tls) for one in config.listeners if one.tls is not None),
-        *(partial(make_upstream_context, one.tls) for one in config.upstreams if one.tls is not None),
+        *(partial(make_upstream_context, one.tls) for one in config.every_upstream if one.tls is not None),
     ]
     mistakes = []
     for make in makers:

@@ -13,6 +13,7 @@ import click
 from stickyproxy.cli.control import control_option, speak
 from stickyproxy.cli.progress import Screen
 from stickyproxy.cli.words import count, say_duration, say_size, table
+from stickyproxy.config import DEFAULT_CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,8 @@ def describe(state: Any, cpu: Cpu) -> list[str]:
     """Return the lines that show a state: one on the proxy, then a table of the upstreams and app processes."""
     rows = [Row(one, cpu) for one in _list(state)]
     columns = _OF_PROCESSES if state.get("run") or any(row.process for row in rows) else _OF_UPSTREAMS
+    if len(state["clusters"]) > 1:
+        columns = (_CLUSTER, *columns)
     cells = [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
     return [_describe_proxy(state), "", *table(cells, [at for at, one in enumerate(columns) if one.is_number])]
 
@@ -87,9 +90,11 @@ def _describe_readiness(state: Any) -> str:
 
 def _list(state: Any) -> list[Any]:
     """Return the upstreams in the order of the file, and then the app processes by generation and number."""
-    upstreams = [one for cluster in state["clusters"] for one in cluster["upstreams"]]
-    found = [*upstreams, *(state.get("run") or {}).get("starting", ())]
-    return sorted(found, key=_place)
+    upstreams = [
+        {"cluster": cluster.get("name"), **one} for cluster in state["clusters"] for one in cluster["upstreams"]
+    ]
+    starting = [{"cluster": DEFAULT_CLUSTER, **one} for one in (state.get("run") or {}).get("starting", ())]
+    return sorted([*upstreams, *starting], key=_place)
 
 
 def _place(found: Any) -> list[int]:
@@ -156,6 +161,7 @@ class Column:
     is_number: bool = False
 
 
+_CLUSTER: Final = Column("CLUSTER", lambda row: row.show("cluster"))
 _ID: Final = Column("ID", lambda row: row.show("id"))
 _HEALTH: Final = (Column("HEALTH", lambda row: row.health), Column("ADMIN", lambda row: row.admin))
 _SERVED: Final = (

@@ -8,6 +8,7 @@ changed then, in the words of `written.py`.
 
 from stickyproxy.config.address import Address, parse_listener, parse_upstream_url
 from stickyproxy.config.affinity import Affinity, Cookie, OnUnavailable
+from stickyproxy.config.cluster import DEFAULT_CLUSTER, Cluster
 from stickyproxy.config.difference import Change, Unreloadable, find_changes, find_unreloadable
 from stickyproxy.config.errors import ConfigError, ConfigErrors
 from stickyproxy.config.health import Health, Probe, StatusRange
@@ -17,6 +18,7 @@ from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.loaded import Loaded
 from stickyproxy.config.overrides import with_overrides
 from stickyproxy.config.preset import PRESETS, describe_preset, preset_text
+from stickyproxy.config.route import Route, RouteCookie
 from stickyproxy.config.run import MAX_PROCESSES, Command, PortRange, Processes, Ready, Run, Stop, read_pace
 from stickyproxy.config.schema import AccessLog, Admin, Config
 from stickyproxy.config.source import ConfigSource
@@ -27,6 +29,7 @@ from stickyproxy.config.upstream import Upstream
 from stickyproxy.config.websocket import Ping, WebSocket
 
 __all__ = [
+    "DEFAULT_CLUSTER",
     "MAX_PROCESSES",
     "PRESETS",
     "AccessLog",
@@ -35,6 +38,7 @@ __all__ = [
     "Affinity",
     "Certificate",
     "Change",
+    "Cluster",
     "Command",
     "Config",
     "ConfigError",
@@ -53,6 +57,8 @@ __all__ = [
     "Probe",
     "Processes",
     "Ready",
+    "Route",
+    "RouteCookie",
     "Run",
     "StatusRange",
     "Stop",

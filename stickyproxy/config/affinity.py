@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 
 from stickyproxy.config.errors import Mistake
 from stickyproxy.config.fields import (
@@ -18,7 +18,9 @@ from stickyproxy.config.fields import (
     read_seconds,
     refuse,
     text,
+    whole_number,
 )
+from stickyproxy.config.keys import MAX_KEYS, AffinityKey, read_keys
 from stickyproxy.config.secret import Sources, read_signing_secret
 from stickyproxy.config.units import shown
 
@@ -63,37 +65,49 @@ def _read_secure(raw: object) -> bool | str:
     raise ValueError(f"expected auto, true or false, got {shown(raw)}")
 
 
+CookiePath = Annotated[str, text(_COOKIE_PATH, 'a path that begins with "/", without ";" and control characters')]
+CookieDomain = Annotated[str, text(_COOKIE_DOMAIN, "a domain name")]
+SameSite = Literal["lax", "strict", "none"]
+Secure = Annotated[bool | Literal["auto"], Read(_read_secure, {"enum": ["auto", True, False]})]
+
+
 class Cookie(Section):
     """The affinity cookie: its name and its attributes (RFC 6265bis section 4.1.2)."""
 
     expected: ClassVar[str] = "a mapping of keys or false"
 
-    name: Annotated[str, text(_COOKIE_NAME, "a cookie name of 1 to 64 characters without spaces and separators")] = (
-        Field(default="stickyproxy", description="The cookie's name. Two proxies on one host need two names.")
+    name: (
+        Annotated[str, text(_COOKIE_NAME, "a cookie name of 1 to 64 characters without spaces and separators")] | None
+    ) = Field(
+        default=None,
+        description="The cookie's name; null: stickyproxy, with the name of the cluster behind it, and with the port "
+        "of the first listener where no secrets are given and it is not 80, 443 or 8080.",
     )
-    path: Annotated[str, text(_COOKIE_PATH, 'a path that begins with "/", without ";" and control characters')] = Field(
-        default="/", description="The paths that the browser sends the cookie to."
-    )
-    domain: Annotated[str, text(_COOKIE_DOMAIN, "a domain name")] | None = Field(
+    path: CookiePath = Field(default="/", description="The paths that the browser sends the cookie to.")
+    domain: CookieDomain | None = Field(
         default=None, description="The domain with its subdomains that get the cookie; null: this host only."
     )
     max_age_s: Seconds | None = Field(
         default=None, description="How long the browser keeps the cookie; null: until it closes."
     )
     http_only: Flag = Field(default=True, description="Whether scripts of the page cannot read the cookie.")
-    same_site: Literal["lax", "strict", "none"] = Field(
+    same_site: SameSite = Field(
         default="lax", description="Whether the cookie goes along with requests from other sites."
     )
-    secure: Annotated[bool | Literal["auto"], Read(_read_secure, {"enum": ["auto", True, False]})] = Field(
+    secure: Secure = Field(
         default="auto", description="Whether the cookie goes over TLS only; auto: where the client came by TLS."
     )
     partitioned: Flag = Field(default=False, description="Whether the cookie is kept apart for each embedding site.")
 
     @model_validator(mode="after")
     def _check_attributes(self) -> Self:
-        if mistakes := [*self._find_insecure(), *self._find_prefix_mistakes()]:
+        if mistakes := self.find_mistakes():
             refuse(mistakes)
         return self
+
+    def find_mistakes(self) -> list[Mistake]:
+        """Return a mistake for each attribute that browsers would not take beside the others."""
+        return [*self._find_insecure(), *self._find_prefix_mistakes()]
 
     def _find_insecure(self) -> list[Mistake]:
         if self.secure is not False:
@@ -107,9 +121,8 @@ class Cookie(Section):
 
     def _find_prefix_mistakes(self) -> list[Mistake]:
         """RFC 6265bis section 4.1.3; browsers compare the prefixes without regard to case."""
-        prefix = next(
-            (known for known in ("__Host-", "__Secure-") if self.name.lower().startswith(known.lower())), None
-        )
+        name = (self.name or "").lower()
+        prefix = next((known for known in ("__Host-", "__Secure-") if name.startswith(known.lower())), None)
         mistakes: list[Mistake] = []
         if prefix and self.secure is False:
             mistakes.append((("secure",), f"a cookie named {prefix}... cannot have secure: false"))
@@ -166,6 +179,16 @@ class Affinity(Section):
     )
     client_address: Flag = Field(
         default=False, description="Whether clients without a cookie are pinned by their address."
+    )
+    keys: Annotated[tuple[AffinityKey, ...], BeforeValidator(read_keys)] = Field(
+        default=(),
+        max_length=MAX_KEYS,
+        description="What requests carry, beside the cookie, that says where their client belongs. What is learned "
+        "comes before the cookie, what is hashed after it; presets bring those of their frameworks.",
+    )
+    max_keys: Annotated[int, whole_number(1, 1_000_000)] = Field(
+        default=65_536,
+        description="How many keys are remembered at most, 43 bytes each; the room is taken at the start.",
     )
     max_idle_s: Seconds | None = Field(
         default=None, description="A token that was not used for so long is not honoured; null: no limit."

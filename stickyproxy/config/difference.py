@@ -28,6 +28,7 @@ _SOCKET_STAYS = "the socket is made once, at the start: restart the proxy"
 
 _UNRELOADABLE = {
     ("run",): "whether the proxy runs the app itself is settled at the start: restart the proxy",
+    ("affinity", "max_keys"): "the room for keys is taken once, at the start: restart the proxy",
     ("control",): _SOCKET_STAYS,
     ("hand_over",): _SOCKET_STAYS,
 }

@@ -1,7 +1,7 @@
 """The whole configuration as one frozen value, `Config`, and its smaller sections.
 
-The larger sections stand in files of their own: affinity, health, limits, listener, run, tls, trust, upstream,
-websocket.
+The larger sections stand in files of their own: affinity, cluster, health, limits, listener, route, run, tls, trust,
+upstream, websocket.
 An attribute has the name of its YAML key, with the unit of its value where it has one: `interval: 5s` is
 `interval_s = 5.0`.
 """
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from stickyproxy.config.address import parse_listener
 from stickyproxy.config.affinity import Affinity
+from stickyproxy.config.cluster import DEFAULT_CLUSTER, ByName, Cluster, find_shared_upstreams, read_clusters
 from stickyproxy.config.errors import Mistake
 from stickyproxy.config.fields import (
     PATH_PATTERN,
@@ -45,6 +46,7 @@ from stickyproxy.config.health import Health
 from stickyproxy.config.limits import Limits, Timeouts
 from stickyproxy.config.listener import Listener, read_listeners
 from stickyproxy.config.preset import PRESETS, read_presets
+from stickyproxy.config.route import MAX_ROUTES, Route, find_route_mistakes, read_routes
 from stickyproxy.config.run import Run
 from stickyproxy.config.secret import Sources, read_token
 from stickyproxy.config.trust import Forwarded, TrustedProxies, read_trusted_proxies
@@ -53,7 +55,9 @@ from stickyproxy.config.websocket import WebSocket
 
 DEFAULT_LISTENER = "127.0.0.1:8080"
 DEFAULT_ADMIN = "127.0.0.1:9090"
-
+DEFAULT_COOKIE = "stickyproxy"
+# Browsers keep cookies by host and not by port. These ports are those of sites, of which a host has one.
+_PORTS_OF_SITES = frozenset({0, 80, 443, 8080})
 
 RUN_OR_LISTED = "an app is either run here or listed: where there is run, there are no upstreams"
 NEEDS_TOKEN = "an admin address that is not loopback needs a token"  # noqa: S105 - no token, a message about it
@@ -143,6 +147,14 @@ class Config(Section):
     )
     affinity: Affinity = Field(default_factory=Affinity, description="Which client goes to which upstream.")
     health: Health = Field(default_factory=Health, description="Whether an upstream can serve.")
+    clusters: Annotated[tuple[Cluster, ...], BeforeValidator(read_clusters), ByName()] = Field(
+        default=(), json_schema_extra={"default": {}}, description="More apps, each by a name; routes lead to them."
+    )
+    routes: Annotated[tuple[Route, ...], BeforeValidator(read_routes)] = Field(
+        default=(),
+        max_length=MAX_ROUTES,
+        description="Which requests go to which cluster; the most specific route counts, wherever it stands.",
+    )
     admin: OrFalse[Admin] = Field(default_factory=Admin, description="The listener for operators; false: none.")
     trusted_proxies: Annotated[
         TrustedProxies, Read(read_trusted_proxies, {"type": "array", "items": {"type": "string"}})
@@ -191,7 +203,41 @@ class Config(Section):
     @property
     def has_upstreams(self) -> bool:
         """Whether there is anything to serve: upstreams that are listed, or an app to run."""
-        return bool(self.upstreams) or self.run is not None
+        return bool(self.upstreams or self.clusters) or self.run is not None
+
+    @property
+    def has_default(self) -> bool:
+        """Whether there is a cluster for the requests that no route names."""
+        return bool(self.upstreams) or self.run is not None or not self.clusters
+
+    @property
+    def every_cluster(self) -> tuple[Cluster, ...]:
+        """All clusters, that of the sections at the top of the file first, if there is one."""
+        default = Cluster.of_parts(DEFAULT_CLUSTER, self.upstreams, self.affinity, self.health)
+        return (default, *self.clusters) if self.has_default else self.clusters
+
+    @property
+    def every_upstream(self) -> tuple[Upstream, ...]:
+        """The upstreams of all clusters."""
+        return tuple(upstream for cluster in self.every_cluster for upstream in cluster.upstreams)
+
+    @property
+    def has_cookie(self) -> bool:
+        """Whether any cluster has an affinity cookie."""
+        return any(cluster.affinity.cookie is not None for cluster in self.every_cluster)
+
+    def name_cookie(self, cluster: Cluster) -> str:
+        """Return the name of a cluster's affinity cookie.
+
+        Where neither it nor secrets are given, the port of the first listener is part of it: another proxy on this host
+        would have the same name. Secrets are given to replicas, which must agree.
+        """
+        given = cluster.affinity.cookie.name if cluster.affinity.cookie is not None else None
+        if given is not None:
+            return given
+        name = DEFAULT_COOKIE if cluster.name == DEFAULT_CLUSTER else f"{DEFAULT_COOKIE}-{cluster.name}"
+        port = self.listeners[0].address.port
+        return name if self.affinity.secrets or port in _PORTS_OF_SITES else f"{name}-{port}"
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> Self:
@@ -206,6 +252,26 @@ class Config(Section):
             if self.upstreams:
                 yield ("upstreams",), RUN_OR_LISTED
             yield from ((("run", *path), text) for path, text in self.run.find_second_place())
+        yield from self._find_cluster_conflicts()
+
+    def _find_cluster_conflicts(self) -> Iterator[Mistake]:
+        if not (self.clusters or self.routes):
+            return
+        clusters = self.every_cluster
+        if len(self.every_upstream) > MAX_UPSTREAMS:
+            yield ("clusters",), f"expected at most {MAX_UPSTREAMS} upstreams in all clusters together"
+        yield from find_shared_upstreams(clusters)
+        yield from find_route_mistakes(self.routes, {one.name: one for one in clusters})
+        names: dict[str, str] = {}
+        for one in clusters:
+            if one.affinity.cookie is not None:
+                name = self.name_cookie(one)
+                if name in names:
+                    yield (
+                        ("clusters", one.name, "affinity", "cookie", "name"),
+                        (f"{name} is the name of the affinity cookie of the cluster {names[name]} too"),
+                    )
+                names.setdefault(name, one.name)
 
     def _find_shared_sockets(self) -> Iterator[Mistake]:
         """Yield a mistake for `control` and `hand_over` where their path has another use too."""

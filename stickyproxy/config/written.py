@@ -14,9 +14,12 @@ from pydantic import BeforeValidator
 
 from stickyproxy.config.address import Address, write_upstream_url
 from stickyproxy.config.affinity import OnUnavailable
+from stickyproxy.config.cluster import Cluster
 from stickyproxy.config.fields import Read, Section
 from stickyproxy.config.health import StatusRange
+from stickyproxy.config.keys import AffinityKey, KeyLesson
 from stickyproxy.config.listener import Listener
+from stickyproxy.config.route import Route
 from stickyproxy.config.run import Command, PortRange, Processes, write_pace
 from stickyproxy.config.tls import Certificate
 from stickyproxy.config.trust import TrustedProxies
@@ -24,13 +27,18 @@ from stickyproxy.config.units import write_duration, write_size
 from stickyproxy.config.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
 
 NOT_SHOWN = "(not shown)"
 
-_NAMING_FIELDS = {Upstream: "explicit_id", Listener: "address", Certificate: "certificate"}
+_NAMING_FIELDS = {
+    Upstream: "explicit_id",
+    Listener: "address",
+    Certificate: "certificate",
+    AffinityKey: "explicit_name",
+}
 
 
 def write_value(section: Section, name: str) -> str:
@@ -71,6 +79,14 @@ def name_item(item: object) -> str:
     match item:
         case Upstream():
             return item.id
+        case AffinityKey():
+            return item.name
+        case KeyLesson():
+            return item.header or item.cookie or str(item.place)
+        case Cluster():
+            return item.name
+        case Route():
+            return item.place
         case Listener():
             return str(item.address)
         case Certificate():
@@ -119,12 +135,13 @@ def _write(name: str, field: FieldInfo, value: object, quote: Callable[[str], st
             return f"{{wait: {write_duration(value.wait_s)}}}" if value.action == "wait" else value.action
         case _:
             items = items_of(value)
-            return quote(str(value)) if items is None else f"[{', '.join(_write_items(items))}]"
+            if items and isinstance(items[0], Cluster):
+                return f"{{{', '.join(f'{name_item(item)}: {_write_item(item)}' for item in items)}}}"
+            return quote(str(value)) if items is None else f"[{', '.join(map(_write_item, items))}]"
 
 
-def _write_items(items: Iterable[object]) -> Iterator[str]:
-    for item in items:
-        yield write_section(item) if isinstance(item, Section) else _quote_within(name_item(item))
+def _write_item(item: object) -> str:
+    return write_section(item) if isinstance(item, Section) else _quote_within(name_item(item))
 
 
 def _write_number(name: str, number: float) -> str:

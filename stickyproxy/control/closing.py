@@ -62,12 +62,15 @@ class Closing:
     async def _run(self) -> None:
         await self._close_all()
         while True:
-            known = self._plane.snapshot.by_digest
-            self.digests = {one for one in self.digests if one in known and known[one].is_closing}
+            self.digests = {one for one in self.digests if self._is_closing(one)}
             if not self.digests:
                 return
             await asyncio.sleep(_LOOK_S)
             await self._close_all()
+
+    def _is_closing(self, digest: bytes) -> bool:
+        cluster = self._plane.find_cluster(digest)
+        return cluster is not None and cluster.snapshot.by_digest[digest].is_closing
 
     async def _close_all(self) -> None:
         for tunnel in self.find_tunnels():
@@ -96,11 +99,11 @@ class Closing:
     def _move(self, session: Session) -> None:
         """Pin a client anew, as if nothing of its session were open; its next response has the cookie."""
         plane = self._plane
-        pinned = plane.snapshot.by_digest.get(session.digest)
-        if pinned is None or not pinned.is_closing:
+        cluster = plane.find_cluster(session.digest)
+        if cluster is None or not self._is_closing(session.digest):
             return
         unused = Session(session.client_id, session.digest, session.pinned_at)
-        choice = choose(plane.snapshot, Question(unused), plane.chance, plane.load)
+        choice = choose(cluster.snapshot, Question(unused), cluster.chance, plane.load)
         if choice.upstream is not None and choice.broken is not None:
             plane.counters.cells[BREAKS[choice.broken]] += 1
             logger.info("a client was moved to upstream %s: its own is %s", choice.upstream.id, choice.broken)

@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
-from stickyproxy.affinity.snapshot import upstream_digest
+from stickyproxy.affinity.snapshot import nowhere_digest, upstream_digest
 from stickyproxy.config.schema import MAX_WORKERS
 from stickyproxy.control.inheritance import open_socket
-from stickyproxy.control.messages import write_address, write_snapshot
+from stickyproxy.control.messages import write_address, write_snapshots
 from stickyproxy.control.registry import SessionRegistry
 from stickyproxy.control.worker_link import WorkerLink, start_process
 from stickyproxy.errors import ChannelError, UsageError
 from stickyproxy.observe.removed import Removed
 from stickyproxy.observe.table import Table, Totals
 from stickyproxy.proxy.board import MAX_SLOTS, Board
+from stickyproxy.proxy.key_table import KeyTable, KeyTableError
 from stickyproxy.tasks import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from stickyproxy.affinity.snapshot import Snapshot
     from stickyproxy.config import Address, Loaded
@@ -87,15 +88,17 @@ class Fleet:
         """The upstreams whose counters are still shown."""
         self.registry = SessionRegistry()
         self.board = Board.create()
+        self.keys = KeyTable.create(orders.loaded.config.affinity.max_keys)
+        """The keys that all workers have learned, those of the successors too."""
         self.next_board: Board | None = None
         """That of the successors."""
         self._lost_at = -math.inf  # when a worker that served has died
         self.moving = asyncio.Lock()
         """Held while connections move between workers: one that takes some over cannot leave."""
         self._slots: dict[str, int] = {}
-        self._ids: set[str] = set()  # of the upstreams of the last snapshot
+        self._present: dict[str, str] = {}  # the upstreams of the last routing state, with their clusters
         self.restarts = 0
-        self._snapshot: dict[str, Any] | None = None
+        self._state: dict[str, Any] | None = None
         self._publishing: asyncio.TimerHandle | None = None
         self._is_stopping = False
         self._starting: set[WorkerLink] = set()  # none of the others yet, but to be told what they are told
@@ -154,8 +157,16 @@ class Fleet:
         board = board or self.board
         board.clear_worker(link.index)
         await link.start(body, [link.table.descriptor, board.descriptor, *(one.fileno() for one in bound.values())])
-        if self._snapshot is not None:
-            link.channel.send("publish", self._snapshot)
+        await self._share_keys(link)
+        if self._state is not None:
+            link.channel.send("publish", self._state)
+
+    async def _share_keys(self, link: WorkerLink) -> None:
+        """Let a worker learn and look up keys where all others do, unless its version knows of none."""
+        try:
+            await link.channel.request("keys", {}, [self.keys.descriptor], timeout_s=_ACKNOWLEDGED_S)
+        except ChannelError as error:
+            logger.warning("worker %d (pid %d) keeps its keys to itself: %s", link.index, link.process_id, error)
 
     def _take(self, link: WorkerLink, message: Message) -> None:
         match message.kind:
@@ -175,12 +186,27 @@ class Fleet:
             os.set_inheritable(inherited.board, False)
             self.board.close()
             self.board = Board(inherited.board)
+        self._adopt_keys(inherited.keys)
         self.links = self._adopt_all(inherited.serving)
         self.leaving = self._adopt_all(inherited.leaving)
         self.totals = Totals.from_json(inherited.totals)
         now = asyncio.get_running_loop().time()
         self.removed = Removed.from_json(inherited.counts.get("removed", ()), now)
         self.restarts = int(inherited.counts.get("restarts", 0))
+
+    def _adopt_keys(self, descriptor: int | None) -> None:
+        """Go on with the keys of the former image, where this version can read them."""
+        if descriptor is None:
+            return
+        os.set_inheritable(descriptor, False)
+        try:
+            keys = KeyTable(descriptor)
+        except KeyTableError as error:
+            logger.warning("the keys that were learned are lost: %s", error)
+            os.close(descriptor)
+        else:
+            self.keys.close()
+            self.keys = keys
 
     def _adopt_all(self, states: Sequence[WorkerState]) -> list[WorkerLink]:
         """Return those that live."""
@@ -201,7 +227,11 @@ class Fleet:
         return link
 
     async def learn(self) -> None:
-        """Ask the workers that a former image had for their sessions, so that nobody sees less than there are."""
+        """Ask the workers that a former image had for their sessions, so that nobody sees less than there are.
+
+        They get the table of keys, too: that of the former image, if it had any, may be none that this one can read.
+        """
+        await asyncio.gather(*(self._share_keys(link) for link in self))
         await asyncio.gather(
             *(link.channel.request("report_all", timeout_s=_ACKNOWLEDGED_S) for link in self), return_exceptions=True
         )
@@ -432,10 +462,10 @@ class Fleet:
 
     # What all are told
 
-    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
-        """Send a routing state to all workers, very soon."""
-        self._snapshot = None
-        self._pending = (snapshot, dict(endpoints))
+    def publish(self, snapshots: Iterable[Snapshot], endpoints: Mapping[str, Endpoint]) -> None:
+        """Send a routing state, the snapshots of all clusters, to all workers, very soon."""
+        self._state = None
+        self._pending = (tuple(snapshots), dict(endpoints))
         if self._publishing is None:
             self._publishing = asyncio.get_running_loop().call_later(_PUBLISH_S, self._publish_now)
 
@@ -447,16 +477,16 @@ class Fleet:
 
     def _publish_now(self) -> None:
         self._publishing = None
-        snapshot, endpoints = self._pending
-        self._snapshot = write_snapshot(snapshot, endpoints) | {"slots": self._assign_slots(snapshot)}
+        snapshots, endpoints = self._pending
+        self._state = {"clusters": write_snapshots(snapshots, endpoints), "slots": self._assign_slots(snapshots)}
         for link in {*self, *self.successors, *self._starting}:
             if link.is_ready:
-                link.channel.send("publish", self._snapshot)
+                link.channel.send("publish", self._state)
 
-    def _assign_slots(self, snapshot: Snapshot) -> dict[str, int]:
+    def _assign_slots(self, snapshots: Sequence[Snapshot]) -> dict[str, int]:
         """Return the slot of each upstream on the board, by digest; those of upstreams that are gone become free."""
-        self._keep_counters(snapshot)
-        present = {one.digest.hex() for one in snapshot.upstreams}
+        self._keep_counters(snapshots)
+        present = {one.digest.hex() for snapshot in snapshots for one in snapshot.upstreams}
         for digest in self._slots.keys() - present:
             self.board.clear_slot(self._slots.pop(digest))
         free = iter(sorted(set(range(MAX_SLOTS)) - set(self._slots.values())))
@@ -466,12 +496,14 @@ class Fleet:
         self._show_sessions()
         return self._slots
 
-    def _keep_counters(self, snapshot: Snapshot) -> None:
+    def _keep_counters(self, snapshots: Sequence[Snapshot]) -> None:
         """Remember what was counted for the upstreams that there are, and for those that were removed lately."""
-        before, self._ids = self._ids, {one.id for one in snapshot.upstreams}
+        before = self._present
+        self._present = {one.id: snapshot.cluster for snapshot in snapshots for one in snapshot.upstreams}
         now = asyncio.get_running_loop().time()
-        self.removed.note(before, self._ids, now)
-        self.totals.keep({upstream_digest(one) for one in (*self._ids, *self.removed.ids(now))})
+        self.removed.note(before, self._present, now)
+        kept = {upstream_digest(one) for one in (*self._present, *self.removed.clusters(now))}
+        self.totals.keep(kept | {nowhere_digest(snapshot.cluster) for snapshot in snapshots})
 
     def _show_sessions(self) -> None:
         for digest, slot in self._slots.items():

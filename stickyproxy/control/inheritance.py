@@ -77,10 +77,10 @@ class WorkerState:
 class Inheritance:
     """The state of a supervisor. Sockets are named by descriptors, which the heir owns.
 
-    `private` are those for commands and for hand-over, `lent` the addresses whose files are somebody else's.
-    `routing` is as `Routing.export` writes it, `totals` as `Totals.to_json`, `counts` are counters of the supervisor
-    itself. `serving` are the workers that take over, `leaving` those that have served until now; `runner` is as
-    `Runner.leave` returns it.
+    `private` are those for commands and for hand-over, `lent` the addresses whose files are somebody else's; `board`
+    and `keys` are shared memory. `routing` is as `Routing.export` writes it, `totals` as `Totals.to_json`, `counts` are
+    counters of the supervisor itself. `serving` are the workers that take over, `leaving` those that have served until
+    now; `runner` is as `Runner.leave` returns it.
     """
 
     loaded: Loaded
@@ -90,6 +90,7 @@ class Inheritance:
     lent: tuple[Address, ...] = ()
     private: dict[str, int] = field(default_factory=dict)
     board: int | None = None
+    keys: int | None = None
     routing: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class Inheritance:
             "lent": [write_address(address) for address in self.lent],
             "private": self.private,
             "board": self.board,
+            "keys": self.keys,
             "routing": self.routing,
             "totals": self.totals,
             "counts": self.counts,
@@ -132,6 +134,7 @@ class Inheritance:
                 lent=tuple(map(read_address, raw.get("lent", ()))),
                 private={str(name): int(at) for name, at in raw.get("private", {}).items()},
                 board=None if raw.get("board") is None else int(raw["board"]),
+                keys=None if raw.get("keys") is None else int(raw["keys"]),
                 routing=dict(raw.get("routing", {})),
                 totals=dict(raw.get("totals", {})),
                 counts=dict(raw.get("counts", {})),
@@ -145,8 +148,8 @@ class Inheritance:
     def descriptors(self) -> list[int]:
         """Return all descriptors that must stay open."""
         workers = [one for worker in (*self.serving, *self.leaving) for one in (worker.channel, worker.table)]
-        board = [] if self.board is None else [self.board]
-        return [*self.sockets.values(), *self.private.values(), *board, *workers]
+        memory = [one for one in (self.board, self.keys) if one is not None]
+        return [*self.sockets.values(), *self.private.values(), *memory, *workers]
 
 
 def export_counts(supervisor: Supervisor) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from stickyproxy.proxy.endpoint import Endpoint
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 _MAX_PORT: Final = 65535
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of what workers, supervisors and installations say to each other; another is refused."""
 
 
@@ -103,6 +103,21 @@ def read_snapshot(
     except (TypeError, KeyError, ValueError) as error:
         raise ChannelError(f"what came is no snapshot: {error!r}") from error
     return snapshot, endpoints
+
+
+def write_snapshots(snapshots: Iterable[Snapshot], endpoints: Mapping[str, Endpoint]) -> list[dict[str, Any]]:
+    """Return the snapshots of all clusters, and where their upstreams are reached, as JSON."""
+    return [write_snapshot(one, endpoints) for one in snapshots]
+
+
+def read_snapshots(
+    raw: Any, contexts: Mapping[str, ssl.SSLContext]
+) -> tuple[tuple[Snapshot, ...], dict[str, Endpoint]]:
+    """Return what `write_snapshots` wrote, the endpoints of all clusters as one; as `read_snapshot`."""
+    if not isinstance(raw, list) or not all(isinstance(one, dict) for one in raw):
+        raise ChannelError(f"what came is no list of snapshots: {raw!r}")
+    read = [read_snapshot(one, contexts) for one in raw]
+    return tuple(snapshot for snapshot, _ in read), {name: one for _, found in read for name, one in found.items()}
 
 
 def _read_upstream(raw: Any) -> Upstream:

@@ -10,7 +10,6 @@ import asyncio
 import errno
 import logging
 import socket
-from functools import partial
 from random import SystemRandom
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
     from aiohttp.abc import ResolveResult
 
-    from stickyproxy.config import Health, Probe
+    from stickyproxy.config import Probe
     from stickyproxy.control.routing import Routing
     from stickyproxy.proxy.endpoint import Endpoint
 
@@ -166,17 +165,24 @@ class Watch:
 
     task: asyncio.Task[None]
 
-    def __init__(
-        self, upstream_id: str, way: Connecting | Asking, timeout_s: float, routing: Routing, counters: ProbeCounters
-    ) -> None:
+    def __init__(self, upstream_id: str, settings: Probe | None, routing: Routing, counters: ProbeCounters) -> None:
         self.upstream_id = upstream_id
+        self.settings = settings
+        self._routing = routing
         self.address = routing.endpoints[upstream_id].address
         self.counters = counters
         self.is_due = asyncio.Event()
-        self._way = way
-        self._timeout_s = timeout_s
-        self._routing = routing
+        self._way = self._make_way(settings)
+        self._timeout_s = _CONNECT_TIMEOUT_S if settings is None else settings.timeout_s
         self._last = ""
+
+    def _make_way(self, settings: Probe | None) -> Connecting | Asking:
+        if settings is None or settings.path is None:
+            return Connecting(self._find_endpoint)
+        return Asking(self._find_endpoint, settings)
+
+    def _find_endpoint(self) -> Endpoint:
+        return self._routing.endpoints[self.upstream_id]
 
     async def probe(self) -> Outcome:
         """Probe once and report the result; never raises but when cancelled."""
@@ -218,13 +224,13 @@ class Watch:
 class Prober:
     """Probes all upstreams of the routing state from `start` to `stop`; `counters` are by upstream id.
 
+    How it does so is what the configuration says of the cluster of each, when the probing of the upstream begins.
     Each probe goes to the endpoint that the upstream has at that moment. Upstreams that come are probed from then on,
     those that go no more; what was counted of the last ones stays. `counters` may be those of a prober whose place this
     one takes.
     """
 
-    def __init__(self, health: Health, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None) -> None:
-        self._settings = health.probe
+    def __init__(self, routing: Routing, counters: Mapping[str, ProbeCounters] | None = None) -> None:
         self._routing = routing
         self._watches: dict[str, Watch] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -266,7 +272,8 @@ class Prober:
             del self.counters[upstream_id]
         for upstream_id in [one for one in endpoints if one not in self._watches]:
             self.counters.setdefault(upstream_id, ProbeCounters())
-            self._watches[upstream_id] = watch = self._make_watch(upstream_id)
+            settings = self._routing.probe_of(upstream_id)
+            self._watches[upstream_id] = watch = Watch(upstream_id, settings, self._routing, self.counters[upstream_id])
             watch.task = spawn(self._keep(watch), f"probe {upstream_id}")
 
     def _end(self, upstream_id: str) -> None:
@@ -277,36 +284,25 @@ class Prober:
         ending.add_done_callback(self._ending.discard)
         self._note_first(upstream_id, None)
 
-    def _endpoint_of(self, upstream_id: str) -> Endpoint:
-        return self._routing.endpoints[upstream_id]
-
-    def _make_watch(self, upstream_id: str) -> Watch:
-        settings, counters = self._settings, self.counters[upstream_id]
-        endpoint = partial(self._endpoint_of, upstream_id)
-        if settings is None:
-            return Watch(upstream_id, Connecting(endpoint), _CONNECT_TIMEOUT_S, self._routing, counters)
-        way = Connecting(endpoint) if settings.path is None else Asking(endpoint, settings)
-        return Watch(upstream_id, way, settings.timeout_s, self._routing, counters)
-
     async def _keep(self, watch: Watch) -> None:
         """Probe one upstream again and again: regularly if the file says so, and whenever it is due."""
-        if self._settings is not None:
+        if watch.settings is not None:
             self._note_first(watch.upstream_id, await watch.probe())
         while True:
             try:
-                async with asyncio.timeout(self._pause_s()):
+                async with asyncio.timeout(self._pause_s(watch.settings)):
                     await watch.is_due.wait()
             except TimeoutError:
                 pass
             await watch.probe()
             watch.is_due.clear()
 
-    def _pause_s(self) -> float | None:
+    def _pause_s(self, settings: Probe | None) -> float | None:
         """Return the seconds to the next regular probe; None if there is none."""
-        if self._settings is None:
+        if settings is None:
             return None
-        jitter = self._settings.jitter_percent / 100
-        return self._settings.interval_s * self._uniform(1 - jitter, 1 + jitter)
+        jitter = settings.jitter_percent / 100
+        return settings.interval_s * self._uniform(1 - jitter, 1 + jitter)
 
     async def _look(self) -> None:
         """Let upstreams that refuse connections be probed each second, also where the data plane saw it first."""

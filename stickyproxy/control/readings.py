@@ -8,13 +8,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy import __version__
-from stickyproxy.affinity.snapshot import AdminState, upstream_digest
+from stickyproxy.affinity.snapshot import AdminState, nowhere_digest, upstream_digest
+from stickyproxy.config import DEFAULT_CLUSTER
 from stickyproxy.observe.counters import LAG_BOUNDS_S, NS, Histogram, ProbeCounters
 from stickyproxy.observe.metrics import Numbers, UpstreamCounts, UpstreamNumbers
 from stickyproxy.observe.table import sum_readings
 
 if TYPE_CHECKING:
-    from stickyproxy.affinity.snapshot import Snapshot, Upstream
+    from stickyproxy.affinity.snapshot import Upstream
     from stickyproxy.control.supervisor import Supervisor
     from stickyproxy.observe.table import Reading
 
@@ -78,7 +79,7 @@ class Readings:
             return "the proxy is stopping" if self._was_ready else "the proxy is starting"
         if not self._supervisor.fleet.links:
             return "no worker is running"
-        upstreams = self._supervisor.routing.snapshot.upstreams
+        upstreams = self._supervisor.routing.upstreams
         if any(upstream.accepts_pinned for upstream in upstreams):
             return None
         in_maint = sum(upstream.admin is AdminState.MAINT for upstream in upstreams)
@@ -87,7 +88,7 @@ class Readings:
     def describe(self) -> dict[str, object]:
         """Return the state of the proxy as it goes into JSON."""
         supervisor = self._supervisor
-        snapshot, reading = supervisor.routing.snapshot, self._read_live()
+        reading = self._read_live()
         return {
             "version": __version__,
             "uptime_s": round(self.uptime_s, 3),
@@ -107,6 +108,7 @@ class Readings:
                     "is_guarded": snapshot.is_guarded,
                     "upstreams": [self._describe(upstream, reading) for upstream in snapshot.upstreams],
                 }
+                for snapshot in supervisor.routing.snapshots.values()
             ],
             "run": self._describe_run(),
         }
@@ -175,18 +177,33 @@ class Readings:
     def take_numbers(self) -> Numbers:
         """Return a copy of all numbers. O(n) in upstreams: some 10 us for each upstream and worker."""
         supervisor = self._supervisor
-        fleet, snapshot = supervisor.fleet, supervisor.routing.snapshot
+        fleet, snapshots = supervisor.fleet, supervisor.routing.snapshots.values()
         readings = {link: link.table.read() for link in fleet}
         summed = sum_readings(list(readings.values()), fleet.totals)
         plane, now_ns = summed.plane, time.monotonic_ns()
         return Numbers(
             version=__version__,
-            upstreams=tuple(self._take_upstream(snapshot.cluster, one, summed) for one in snapshot.upstreams),
-            removed=self._take_removed(snapshot, summed),
-            none={snapshot.cluster: plane.none},
-            guarded={snapshot.cluster: snapshot.is_guarded},
+            upstreams=tuple(
+                self._take_upstream(snapshot.cluster, one, summed)
+                for snapshot in snapshots
+                for one in snapshot.upstreams
+            ),
+            removed=self._take_removed(summed),
+            none={
+                DEFAULT_CLUSTER: plane.none,
+                **{
+                    one.cluster: summed.upstream(nowhere_digest(one.cluster))
+                    for one in snapshots
+                    if one.cluster != DEFAULT_CLUSTER
+                },
+            },
+            guarded={snapshot.cluster: snapshot.is_guarded for snapshot in snapshots},
             affinity=plane.affinity,
             breaks=plane.breaks,
+            key_conflicts=plane.key_conflicts,
+            keys_learned=plane.keys_learned,
+            keys_evicted=plane.keys_evicted,
+            count_keys=lambda: fleet.keys.count(time.monotonic()),
             downstream_connections=plane.downstreams,
             downstream_connections_total=plane.connections,
             handshakes=plane.handshakes,
@@ -236,14 +253,13 @@ class Readings:
             probes=self._copy_probes(upstream.id),
         )
 
-    def _take_removed(self, snapshot: Snapshot, reading: Reading) -> tuple[UpstreamCounts, ...]:
+    def _take_removed(self, reading: Reading) -> tuple[UpstreamCounts, ...]:
         """Return what was counted of the upstreams that were removed lately."""
-        present = {one.id for one in snapshot.upstreams}  # one may be back, and not published yet
-        removed = self._supervisor.fleet.removed.ids(asyncio.get_running_loop().time())
+        removed = self._supervisor.fleet.removed.clusters(asyncio.get_running_loop().time())
         return tuple(
-            UpstreamCounts(snapshot.cluster, one, reading.upstream(upstream_digest(one)), self._copy_probes(one))
-            for one in removed
-            if one not in present
+            UpstreamCounts(cluster, one, reading.upstream(upstream_digest(one)), self._copy_probes(one))
+            for one, cluster in removed.items()
+            if one not in self._supervisor.routing.clusters  # it may be back, and not published yet
         )
 
     def _copy_probes(self, upstream_id: str) -> ProbeCounters:

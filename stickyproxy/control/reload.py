@@ -109,7 +109,7 @@ def _check(before: Config, after: Config) -> dict[str, ssl.SSLContext]:
         log = AccessLog(after.access_log)
         log.start()
         log.close()
-    return make_upstream_contexts(after.upstreams)
+    return make_upstream_contexts(after.every_upstream)
 
 
 async def watch_file(path: Path, on_change: Callable[[], Awaitable[None]]) -> None:

@@ -1,18 +1,18 @@
-"""The routing state: what the operator wants and what was observed, put together into snapshots.
+"""The routing state: what the operator wants and what was observed, put together into a snapshot of each cluster.
 
-Every change ends in one `publish` of a whole snapshot, so that nobody ever sees half of it.
+Every change ends in one `publish` of all snapshots, so that nobody ever sees half of it.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from stickyproxy.affinity.health import HealthEvent, Observed, Thresholds, observe
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, Upstream
-from stickyproxy.config import ConfigErrors, load_text
+from stickyproxy.config import DEFAULT_CLUSTER, ConfigErrors, Probe, load_text
 from stickyproxy.config.written import write_section
 from stickyproxy.control.certificates import make_upstream_contexts
 from stickyproxy.control.process import count_workers
@@ -25,27 +25,55 @@ if TYPE_CHECKING:
     from stickyproxy import config as config_values
     from stickyproxy.config import Address, Config
 
-    Publish = Callable[[Snapshot, Mapping[str, Endpoint]], None]
+    Publish = Callable[[tuple[Snapshot, ...], Mapping[str, Endpoint]], None]
 
 logger = logging.getLogger(__name__)
-CLUSTER = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class _ClusterSettings:
+    """What the configuration says of a cluster beside its upstreams."""
+
+    rules: Rules
+    thresholds: Thresholds
+    probe: Probe | None
+
+    @classmethod
+    def of(cls, cluster: config_values.Cluster, config: Config) -> Self:
+        affinity, probe = cluster.affinity, cluster.health.probe
+        rules = Rules(
+            policy=affinity.policy,
+            on_unavailable=affinity.on_unavailable.action,
+            wait_s=affinity.on_unavailable.wait_s,
+            has_cookie=affinity.cookie is not None,
+            uses_client_address=affinity.client_address,
+            is_shared=count_workers(config) > 1,
+        )
+        return cls(rules, Thresholds(probe.rise, probe.fall) if probe else Thresholds(), probe)
+
+
+_UNKNOWN: Final = _ClusterSettings(Rules(), Thresholds(), Probe())
+"""Those of a cluster that upstreams leave, and that only the process before this one had in its configuration."""
 
 
 class Routing:
-    """Admin state and health of each upstream of the cluster; `publish` is called with each new snapshot.
+    """Admin state and health of each upstream of all clusters; `publish` is called with each new routing state.
 
     `contexts` are those of the upstreams that TLS is spoken to, by id. An upstream that a reload takes out of the
-    configuration is `leaving`: in drain, until nothing of it is in use or its process is gone. Upstreams that the proxy
-    itself started are `processes`: they stand beside those of the configuration, and a reload leaves them alone.
+    configuration is `leaving`: in drain, until nothing of it is in use or its process is gone; a cluster that is taken
+    out is there as long as it has such upstreams. Upstreams that the proxy itself started are `processes`: they stand
+    beside those of the configuration, and a reload leaves them alone.
     """
 
     def __init__(self, config: Config, publish: Publish, contexts: Mapping[str, ssl.SSLContext] | None = None) -> None:
         self._publish = publish
-        self._upstreams: tuple[config_values.Upstream, ...] = ()
+        self._upstreams: dict[str, config_values.Upstream] = {}
         self.leaving: dict[str, config_values.Upstream] = {}
         """Upstreams that are no longer in the configuration, but still in use, by id."""
         self.processes: dict[str, config_values.Upstream] = {}
         """Upstreams that the proxy itself started, by id."""
+        self.clusters: dict[str, str] = {}
+        """The cluster of each upstream, by id."""
         self._closing: set[str] = set()  # of them
         self.on_change: Callable[[], None] | None = None
         """Called when an upstream has come, moved or gone, but for a reload, after which everybody looks anew."""
@@ -54,41 +82,50 @@ class Routing:
         self.endpoints: dict[str, Endpoint] = {}
         self._admin: dict[str, AdminState] = {}
         self.observed: dict[str, Observed] = {}
-        self._thresholds = Thresholds()
-        self._rules = Rules()
+        self._settings: dict[str, _ClusterSettings] = {}  # of clusters in the configuration, in its order, and others
+        self._written: tuple[str, ...] = ()  # the clusters in the configuration
         self._take(config, contexts or {})
-        self.snapshot = self._build()
-        publish(self.snapshot, self.endpoints)
+        self.snapshots = self._build()
+        """The routing state of each cluster, by name."""
+        self._publish_now()
 
     def _take(self, config: Config, contexts: Mapping[str, ssl.SSLContext]) -> None:
         """Take in a configuration; what is known of the upstreams that stay is kept."""
-        gone = {one.id: one for one in self._upstreams}
-        self._upstreams = tuple(one for one in config.upstreams if not self._is_taken(one.id))
-        for one in self._upstreams:
-            gone.pop(one.id, None)
-            if self.leaving.pop(one.id, None) is not None:
-                self._admin[one.id] = AdminState.READY
-            self._admin.setdefault(one.id, AdminState.READY)
-            before = self.endpoints.get(one.id)
-            is_same = before is not None and before.address == one.address
-            if not is_same:
-                self.observed[one.id] = Observed()
-            self.endpoints[one.id] = make_endpoint(one, contexts, before.ip if before is not None and is_same else "")
+        gone, self._upstreams = self._upstreams, {}
+        before, clusters = self._settings, config.every_cluster
+        self._written = tuple(one.name for one in clusters)
+        self._settings = {one.name: _ClusterSettings.of(one, config) for one in clusters}
+        known = set(self.clusters.values())  # some may be leaving
+        self._settings |= {name: one for name, one in before.items() if name in known and name not in self._settings}
+        for cluster in clusters:
+            for one in cluster.upstreams:
+                if not self._is_taken(one.id):
+                    self._take_upstream(cluster.name, one, contexts)
         for upstream_id, one in gone.items():
-            self.leaving[upstream_id] = one
-            if self._admin[upstream_id] is AdminState.READY:
-                self._admin[upstream_id] = AdminState.DRAIN
-        probe = config.health.probe
-        self._thresholds = Thresholds(probe.rise, probe.fall) if probe else Thresholds()
-        affinity = config.affinity
-        self._rules = Rules(
-            policy=affinity.policy,
-            on_unavailable=affinity.on_unavailable.action,
-            wait_s=affinity.on_unavailable.wait_s,
-            has_cookie=affinity.cookie is not None,
-            uses_client_address=affinity.client_address,
-            is_shared=count_workers(config) > 1,
-        )
+            if upstream_id not in self._upstreams:
+                self.leaving[upstream_id] = one
+                if self._admin[upstream_id] is AdminState.READY:
+                    self._admin[upstream_id] = AdminState.DRAIN
+
+    def _take_upstream(self, cluster: str, one: config_values.Upstream, contexts: Mapping[str, ssl.SSLContext]) -> None:
+        self._upstreams[one.id] = one
+        self.clusters[one.id] = cluster
+        if self.leaving.pop(one.id, None) is not None:
+            self._admin[one.id] = AdminState.READY
+        self._admin.setdefault(one.id, AdminState.READY)
+        before = self.endpoints.get(one.id)
+        is_same = before is not None and before.address == one.address
+        if not is_same:
+            self.observed[one.id] = Observed()
+        self.endpoints[one.id] = make_endpoint(one, contexts, before.ip if before is not None and is_same else "")
+
+    def probe_of(self, upstream_id: str) -> Probe | None:
+        """Return how an upstream is probed, as the configuration says of its cluster; None: not from time to time."""
+        return self._settings_of(self.clusters[upstream_id]).probe
+
+    def _settings_of(self, cluster: str) -> _ClusterSettings:
+        """Return the settings of a cluster; the defaults, where another process knew it and this one does not."""
+        return self._settings.get(cluster) or _UNKNOWN
 
     def _is_taken(self, upstream_id: str) -> bool:
         if upstream_id in self.processes:
@@ -105,6 +142,7 @@ class Routing:
             },
             "ips": {upstream_id: endpoint.ip for upstream_id, endpoint in self.endpoints.items()},
             "leaving": [write_section(one) for one in self.leaving.values()],
+            "clusters": {upstream_id: self.clusters[upstream_id] for upstream_id in self.leaving},
             "processes": [write_section(one) for one in self.processes.values()],
             "closing": sorted(self._closing),
         }
@@ -117,7 +155,7 @@ class Routing:
         ):
             for one in _read_upstreams(exported.get(name, ()), self.endpoints):
                 ours[one.id] = one
-                self._begin(one, state)
+                self._begin(one, state, str(exported.get("clusters", {}).get(one.id, DEFAULT_CLUSTER)))
         self._closing.update(self.processes.keys() & exported.get("closing", ()))
         for upstream_id, state in exported.get("admin", {}).items():
             is_back = upstream_id in self.leaving and state == AdminState.READY
@@ -132,14 +170,16 @@ class Routing:
         self._renew()
         self._tell_change()
 
-    def _begin(self, upstream: config_values.Upstream, state: AdminState) -> None:
+    def _begin(self, upstream: config_values.Upstream, state: AdminState, cluster: str = DEFAULT_CLUSTER) -> None:
         """Know an upstream that is not of the configuration; nothing was observed of it yet."""
+        self.clusters[upstream.id] = cluster
         self._admin[upstream.id] = state
         self.observed[upstream.id] = Observed()
         self.endpoints[upstream.id] = make_endpoint(upstream, make_upstream_contexts([upstream]))
 
     def _forget(self, upstream_id: str) -> None:
         del self.endpoints[upstream_id], self._admin[upstream_id], self.observed[upstream_id]
+        del self.clusters[upstream_id]
 
     def _tell_change(self) -> None:
         if self.on_change is not None:
@@ -202,35 +242,51 @@ class Routing:
         """Return what the operator wants of each upstream, by id."""
         return dict(self._admin)
 
-    def _build(self) -> Snapshot:
-        upstreams = tuple(
-            Upstream(
-                one.id,
-                one.weight,
-                self._admin[one.id],
-                self.observed[one.id].health,
-                self.observed[one.id].is_refused,
-                one.max_sessions,
-                one.id in self._closing,
+    def _build(self) -> dict[str, Snapshot]:
+        """Return the routing state of each cluster: those of the configuration, then those that upstreams leave."""
+        by_cluster: dict[str, list[Upstream]] = {name: [] for name in self._written}
+        for one in (*self._upstreams.values(), *self.leaving.values(), *self.processes.values()):
+            by_cluster.setdefault(self.clusters[one.id], []).append(
+                Upstream(
+                    one.id,
+                    one.weight,
+                    self._admin[one.id],
+                    self.observed[one.id].health,
+                    self.observed[one.id].is_refused,
+                    one.max_sessions,
+                    one.id in self._closing,
+                )
             )
-            for one in (*self._upstreams, *self.leaving.values(), *self.processes.values())
-        )
-        return Snapshot(CLUSTER, upstreams, self._rules)
+        return {
+            name: Snapshot(name, tuple(upstreams), self._settings_of(name).rules)
+            for name, upstreams in by_cluster.items()
+        }
 
     def _renew(self) -> None:
-        before, self.snapshot = self.snapshot, self._build()
-        if self.snapshot.is_guarded and not before.is_guarded:
-            logger.error("no upstream is healthy: new clients are placed all the same")
-        elif before.is_guarded and not self.snapshot.is_guarded:
-            logger.info("an upstream is healthy again")
-        self._publish(self.snapshot, self.endpoints)
+        before, self.snapshots = self.snapshots, self._build()
+        for name, snapshot in self.snapshots.items():
+            was_guarded = name in before and before[name].is_guarded
+            where = "" if name == DEFAULT_CLUSTER else f" of the cluster {name}"
+            if snapshot.is_guarded and not was_guarded:
+                logger.error("no upstream%s is healthy: new clients are placed all the same", where)
+            elif was_guarded and not snapshot.is_guarded:
+                logger.info("an upstream%s is healthy again", where)
+        self._publish_now()
+
+    def _publish_now(self) -> None:
+        self._publish(tuple(self.snapshots.values()), self.endpoints)
+
+    @property
+    def upstreams(self) -> tuple[Upstream, ...]:
+        """Return the upstreams of all clusters, as they stand now."""
+        return tuple(one for snapshot in self.snapshots.values() for one in snapshot.upstreams)
 
     def report(self, upstream_id: str, event: HealthEvent) -> None:
         """Take in what was observed of an upstream; one that is no longer there is ignored."""
         before = self.observed.get(upstream_id)
         if before is None:
             return
-        after = observe(before, event, self._thresholds)
+        after = observe(before, event, self._settings_of(self.clusters[upstream_id]).thresholds)
         self.observed[upstream_id] = after
         if (after.health, after.is_refused) != (before.health, before.is_refused):
             level = logging.WARNING if after.health is Health.UNHEALTHY else logging.INFO
@@ -247,7 +303,7 @@ class Routing:
         for upstream_id, ip in addresses.items():
             if upstream_id in self.endpoints:
                 self.endpoints[upstream_id] = replace(self.endpoints[upstream_id], ip=ip)
-        self._publish(self.snapshot, self.endpoints)
+        self._publish_now()
 
     def set_admin_state(self, upstream_id: str, state: AdminState) -> None:
         """Take in what the operator wants of an upstream; raise KeyError where there is none of that id.

@@ -29,6 +29,17 @@ def state_directory(configured: Path | None) -> Path:
     return base / "stickyproxy"
 
 
+def load_secret(configured: Path | None) -> tuple[bytes, ...]:
+    """Return the secret that is kept, none where none was made yet; raise UsageError where it cannot be read."""
+    path = state_directory(configured) / "secret"
+    try:
+        return (_load(path),)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise UsageError(f"cannot read the secret {path}: {(error.strerror or str(error)).lower()}") from error
+
+
 def load_or_make_secret(directory: Path) -> bytes:
     """Return the secret kept in a directory, making it (mode 0600) where there is none; raise UsageError.
 

@@ -161,7 +161,7 @@ class Supervisor:
             await self._start(stack)
             self.readings.is_ready = True
             listening = ", ".join(str(one) for one in self.addresses)
-            count = len(self.routing.snapshot.upstreams)
+            count = len(self.routing.upstreams)
             logger.info("serving %d upstreams on %s", count, listening)
             if on_ready is not None:
                 on_ready(self.addresses)
@@ -185,7 +185,7 @@ class Supervisor:
         self.signing = self._find_secrets()
         self.certificates = CertificateWatcher(_by_position(config), self._renew)
         self.certificates.make_contexts()
-        upstream_contexts = make_upstream_contexts(config.upstreams)
+        upstream_contexts = make_upstream_contexts(config.every_upstream)
         bound = self.sockets.choose(one.address for one in config.listeners)
         self.fleet = Fleet(Orders(self.loaded, self.signing, bound, count_workers(config)), self._on_report)
         stack.push_async_callback(self.fleet.close)
@@ -203,7 +203,7 @@ class Supervisor:
         elif self._predecessor is not None:
             self.routing.restore(self._predecessor.routing)
         self.resolver = Resolver(self.routing.addresses, config.dns_refresh_s, self.routing.resolve)
-        self.prober = Prober(config.health, self.routing)
+        self.prober = Prober(self.routing)
         stack.push_async_callback(self._stop_watching)
         self.readings = Readings(self)
         self.reloader = Reloader(self)
@@ -285,13 +285,14 @@ class Supervisor:
             self.sockets.close(opened)
             raise
         self.loaded, self.signing = loaded, orders.secrets
+        _tell_renamed_cookies(before, config)
         set_log_level(config.log_level)
         self.routing.reload(config, contexts)
         if self.runner is not None and config.run is not None:
             self.runner.apply(config.run)
         await self._replace_certificates(certificates)
         await self._replace_resolver()
-        if config.health != before.health or config.upstreams != before.upstreams:
+        if config.every_cluster != before.every_cluster:
             await self._replace_prober()
         if config.admin != before.admin:
             former, self.admin = self.admin, None
@@ -307,8 +308,8 @@ class Supervisor:
 
     def _find_secrets_after(self, before: Config, config: Config) -> tuple[bytes, ...]:
         """Return the secrets; those in use stay where nothing is said of them, wherever they came from."""
-        was = before.affinity.secrets, before.affinity.cookie is None, before.state_directory
-        now = config.affinity.secrets, config.affinity.cookie is None, config.state_directory
+        was = before.affinity.secrets, not before.has_cookie, before.state_directory
+        now = config.affinity.secrets, not config.has_cookie, config.state_directory
         return self.signing if was == now else find_secrets(config)
 
     async def _replace_certificates(self, certificates: CertificateWatcher) -> None:
@@ -327,7 +328,7 @@ class Supervisor:
     async def _replace_prober(self) -> None:
         """Probe by other settings, or other upstreams; those that are leaving are still probed."""
         former = self.prober
-        self.prober = Prober(self.config.health, self.routing, former.counters)
+        self.prober = Prober(self.routing, former.counters)
         await former.stop()
         self.prober.start()
 
@@ -455,6 +456,7 @@ class Supervisor:
             lent=tuple(self.sockets.lent),
             private={name: link.fileno() for name, (_, link) in self._private.items()},
             board=None if self.fleet.next_board is None else self.fleet.next_board.descriptor,
+            keys=self.fleet.keys.descriptor,
             routing=self.routing.export(),
             totals=self.fleet.totals.to_json(),
             counts={
@@ -514,9 +516,21 @@ def find_secrets(config: Config) -> tuple[bytes, ...]:
     """Return what signs the tokens: as the file says, else one that is kept; none is needed without a cookie."""
     if config.affinity.secrets:
         return config.affinity.secrets
-    if config.affinity.cookie is None:
+    if not config.has_cookie:
         return (secrets.token_bytes(32),)
     return (load_or_make_secret(state_directory(config.state_directory)),)
+
+
+def _tell_renamed_cookies(before: Config, config: Config) -> None:
+    """Say of which clusters the affinity cookie has another name although the file says nothing of it."""
+    names = {one.name: before.name_cookie(one) for one in before.every_cluster if one.affinity.cookie is not None}
+    for one in config.every_cluster:
+        cookie, was = one.affinity.cookie, names.get(one.name)
+        if cookie is not None and cookie.name is None and was is not None and was != config.name_cookie(one):
+            logger.warning(
+                "the affinity cookie %s is called %s from now on, and clients are placed anew; to keep the name, set "
+                "cookie.name in affinity of the cluster %s", was, config.name_cookie(one), one.name,
+            )  # fmt: skip
 
 
 def _by_position(config: Config) -> dict[int, ListenerTls]:

@@ -137,7 +137,8 @@ class HandOverListener:
             "sockets": [write_address(address) for address in addresses],
             "secrets": [secret.hex() for secret in supervisor.signing],
             "routing": supervisor.routing.export(),
-            "upstreams": [write_section(one) for one in config.upstreams],
+            "upstreams": [write_section(one) for one in config.every_upstream],
+            "clusters": {one.id: cluster.name for cluster in config.every_cluster for one in cluster.upstreams},
             "workers": len(supervisor.fleet.links),
         }
         channel.answer(message, body, [sockets[address].fileno() for address in addresses])
@@ -221,7 +222,12 @@ class Predecessor:
         try:
             self.sockets = dict(zip(map(read_address, body["sockets"]), links, strict=True))
             self.secrets = tuple(bytes.fromhex(one) for one in body["secrets"])
-            self.routing = {**body["routing"], "leaving": [*body["routing"].get("leaving", ()), *body["upstreams"]]}
+            routing = body["routing"]
+            self.routing = {
+                **routing,
+                "leaving": [*routing.get("leaving", ()), *body["upstreams"]],
+                "clusters": {**routing.get("clusters", {}), **body.get("clusters", {})},
+            }
             self.workers, self.version = int(body["workers"]), str(body["version"])
         except BaseException:
             for link in links:

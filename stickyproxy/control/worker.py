@@ -10,15 +10,17 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.routes import Route
 from stickyproxy.affinity.sessions import SessionTable
-from stickyproxy.affinity.snapshot import Snapshot
+from stickyproxy.affinity.snapshot import Snapshot, upstream_digest
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
+from stickyproxy.config import DEFAULT_CLUSTER
 from stickyproxy.control.closing import Closing
 from stickyproxy.observe.access_log import AccessLog
 from stickyproxy.observe.counters import ACCESS_LOG_DROPPED
 from stickyproxy.proxy.listener import Listener, Role
 from stickyproxy.proxy.plane import Plane
-from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
+from stickyproxy.proxy.settings import OFF, ClusterSettings, Pings, Settings, Timeouts
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.frames import GOING_AWAY
@@ -28,9 +30,10 @@ from stickyproxy.wire.origin import OriginRules
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from stickyproxy.config import Address, Config
+    from stickyproxy.affinity.keys import Key
+    from stickyproxy.config import Address, Cluster, Config, RouteCookie
     from stickyproxy.observe.table import Table
     from stickyproxy.proxy.endpoint import Endpoint
 
@@ -56,7 +59,11 @@ def make_settings(config: Config, connections: float = OFF) -> Settings:
         connections=connections,
         connections_per_address=_or_off(limits.connections_per_address),
         idle_connections=limits.upstream_idle_connections,
-        cookie=_make_cookie(config),
+        clusters={
+            one.name: ClusterSettings(cookie=_make_cookie(config, one), keys=_make_keys(one))
+            for one in config.every_cluster
+        },
+        routes=_make_routes(config),
         trusted=config.trusted_proxies.networks,
         trusts_unix=config.trusted_proxies.unix,
         forwarded=config.forwarded.forwarded,
@@ -72,12 +79,15 @@ def _make_timeouts(config: Config) -> Timeouts:
     return Timeouts(**{one.name: _or_off(getattr(written, one.name)) for one in fields(Timeouts)})
 
 
-def _make_cookie(config: Config) -> CookieAttributes | None:
-    cookie = config.affinity.cookie
+def _make_cookie(config: Config, cluster: Cluster, said: RouteCookie | None = None) -> CookieAttributes | None:
+    """Return the attributes of a cluster's cookie, with what a route says of them."""
+    cookie = cluster.affinity.cookie
     if cookie is None:
         return None
+    if said is not None:
+        cookie = said.over(cookie)
     return CookieAttributes(
-        name=cookie.name,
+        name=config.name_cookie(cluster),
         path=cookie.path,
         domain=cookie.domain,
         max_age_s=None if cookie.max_age_s is None else int(cookie.max_age_s),
@@ -88,15 +98,36 @@ def _make_cookie(config: Config) -> CookieAttributes | None:
     )
 
 
+def _make_keys(cluster: Cluster) -> tuple[Key, ...]:
+    """Return the keys of the ladder. Values of two clusters are not the same."""
+    scope = "" if cluster.name == DEFAULT_CLUSTER else cluster.name
+    return tuple(replace(one.compile(), scope=scope) for one in cluster.affinity.keys)
+
+
+def _make_routes(config: Config) -> tuple[Route, ...]:
+    clusters = {one.name: one for one in config.every_cluster}
+    return tuple(
+        Route(
+            cluster=one.cluster,
+            host=one.host or "",
+            path="" if one.path in {None, "/"} else str(one.path),
+            strips_prefix=one.strip_prefix,
+            cookie=None if one.cookie is None else _make_cookie(config, clusters[one.cluster], one.cookie),
+        )
+        for one in config.routes
+    )
+
+
 def _or_off(value: float | None) -> float:
     return OFF if value is None else value
 
 
 def make_sessions(config: Config, secrets: Sequence[bytes]) -> SessionTable:
-    """Return the empty session table of a cluster."""
+    """Return the empty session table of all clusters."""
     affinity = config.affinity
     lifetimes = Lifetimes(affinity.max_idle_s, affinity.max_life_s)
-    limits = [affinity.max_idle_s, affinity.cookie.max_age_s if affinity.cookie else None]
+    cookies = [*(one.affinity.cookie for one in config.every_cluster), *(one.cookie for one in config.routes)]
+    limits = [affinity.max_idle_s, *(cookie.max_age_s for cookie in cookies if cookie is not None)]
     shortest = min((limit for limit in limits if limit is not None), default=None)
     return SessionTable(
         TokenCodec(secrets),
@@ -227,21 +258,24 @@ class Worker:
         if listener is not None:
             listener.change_role(replace(listener.role, tls=context))
 
-    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
+    def publish(self, snapshots: Iterable[Snapshot], endpoints: Mapping[str, Endpoint]) -> None:
         """Take a new routing state."""
         self._endpoints = endpoints
-        self.plane.publish(snapshot, endpoints)
+        self.plane.publish(snapshots, endpoints)
 
     def _report(self, upstream_id: str, event: HealthEvent) -> None:
         """Report what was observed, and act at once on what cannot wait until the answer comes: a dead upstream."""
         if event in {HealthEvent.REFUSED, HealthEvent.CONNECTED}:
-            before = self.plane.snapshot
-            is_refused = event is HealthEvent.REFUSED
-            upstreams = tuple(
-                replace(one, is_refused=is_refused) if one.id == upstream_id else one for one in before.upstreams
-            )
-            if upstreams != before.upstreams:
-                self.plane.publish(Snapshot(before.cluster, upstreams, before.rules), self._endpoints)
+            digest, is_refused = upstream_digest(upstream_id), event is HealthEvent.REFUSED
+            cluster = self.plane.find_cluster(digest)
+            if cluster is not None and cluster.snapshot.by_digest[digest].is_refused is not is_refused:
+                before = cluster.snapshot
+                upstreams = tuple(
+                    replace(one, is_refused=is_refused) if one.id == upstream_id else one for one in before.upstreams
+                )
+                after = Snapshot(before.cluster, upstreams, before.rules)
+                states = [one.snapshot if one is not cluster else after for one in self.plane.clusters.values()]
+                self.plane.publish(states, self._endpoints)
         self._report_on(upstream_id, event)
 
     async def drain(self, grace_s: float) -> None:

@@ -19,13 +19,14 @@ from stickyproxy import __version__
 from stickyproxy.config import Loaded
 from stickyproxy.control.channel import Channel, Message
 from stickyproxy.control.descriptors import choose_connection_limit, raise_descriptor_limit
-from stickyproxy.control.messages import PROTOCOL, read_address, read_snapshot
+from stickyproxy.control.messages import PROTOCOL, read_address, read_snapshots
 from stickyproxy.control.process import set_log_level, set_up_log, tune_collector
 from stickyproxy.control.transfer import Receiver, Sender
 from stickyproxy.control.worker import Worker
 from stickyproxy.errors import ChannelError, StickyproxyError
 from stickyproxy.observe.table import Table
 from stickyproxy.proxy.board import Board
+from stickyproxy.proxy.key_table import KeyTable, KeyTableError
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.frames import SERVICE_RESTART
 
@@ -62,6 +63,7 @@ class WorkerProcess:
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._handlers: dict[str, Callable[[Message], Awaitable[dict[str, Any] | None]]] = {
             "start": self._on_start,
+            "keys": self._on_keys,
             "publish": self._on_publish,
             "accept": self._on_accept,
             "reload": self._on_reload,
@@ -172,12 +174,25 @@ class WorkerProcess:
         self._running.plane.sessions.forget_changes()
         self._report_sessions()
 
+    async def _on_keys(self, message: Message) -> None:
+        """Learn keys, and look them up, in the memory that comes with the message, as all other workers do."""
+        (descriptor,) = message.take_descriptors()
+        plane = self._running.plane
+        try:
+            keys = KeyTable(descriptor)
+        except KeyTableError:
+            os.close(descriptor)
+            raise
+        plane.keys, former = keys, plane.keys
+        keys.learned, keys.evicted = former.learned, former.evicted  # counters never go back
+        former.close()
+
     async def _on_publish(self, message: Message) -> None:
-        snapshot, endpoints = read_snapshot(message.body, self._contexts)
+        snapshots, endpoints = read_snapshots(message.body["clusters"], self._contexts)
         worker = self._running
         if worker.plane.place is not None:
             worker.plane.place.slots = {bytes.fromhex(one): slot for one, slot in message.body["slots"].items()}
-        worker.publish(snapshot, endpoints)
+        worker.publish(snapshots, endpoints)
 
     async def _on_ping(self, _: Message) -> None:
         """Answer: all that was sent before is done."""
@@ -316,13 +331,13 @@ def _load(body: Mapping[str, Any]) -> Config:
 
 def _make_contexts(config: Config) -> tuple[dict[Address, ssl.SSLContext], dict[str, ssl.SSLContext]]:
     """Return the TLS contexts of listeners, by address, and of upstreams, by id; raise UsageError."""
-    if not (any(one.tls for one in config.listeners) or any(one.tls for one in config.upstreams)):
+    if not (any(one.tls for one in config.listeners) or any(one.tls for one in config.every_upstream)):
         return {}, {}
     # Most workers speak no TLS, and start in nine tenths of the time, with 5 MB less, without what reads certificates.
     from stickyproxy.control.certificates import make_listener_context, make_upstream_contexts  # noqa: PLC0415
 
     listeners = {one.address: make_listener_context(one.tls) for one in config.listeners if one.tls is not None}
-    return listeners, make_upstream_contexts(config.upstreams)
+    return listeners, make_upstream_contexts(config.every_upstream)
 
 
 def _limit_connections(body: Mapping[str, Any]) -> int:

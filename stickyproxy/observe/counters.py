@@ -43,6 +43,7 @@ ATTEMPTS: Final = (
     "connection_limit_reached",
     "connection_terminated",
     "connection_timeout",
+    "destination_not_found",
     "destination_unavailable",
     "proxy_internal_error",
     "tls_protocol_error",
@@ -152,6 +153,9 @@ CONNECTIONS: Final = PLANE.add("counter", "connections")  # accepted in all
 ACCEPT_PAUSES: Final = PLANE.add("counter", "accept_pauses")
 ACCESS_LOG_DROPPED: Final = PLANE.add("counter", "access_log_dropped")
 _AFFINITY: Final = PLANE.add("counter", "affinity", Outcome)
+KEY_CONFLICTS: Final = PLANE.add("counter", "key_conflicts")  # two rungs of the ladder led to two upstreams
+KEYS_LEARNED: Final = PLANE.add("counter", "keys_learned")
+KEYS_EVICTED: Final = PLANE.add("counter", "keys_evicted")
 _BREAKS: Final = PLANE.add("counter", "breaks", BreakReason)
 _HANDSHAKES: Final = PLANE.add("counter", "handshakes", HANDSHAKE_OUTCOMES)
 _HANDED_OVER: Final = PLANE.add("counter", "handed_over", HANDED_OVER)
@@ -405,6 +409,21 @@ class PlaneCounters:
     def affinity(self) -> dict[str, int]:
         """Return the exchanges by how their upstream was found, those that there were."""
         return {str(outcome): self.cells[at] for outcome, at in AFFINITY.items() if self.cells[at]}
+
+    @property
+    def key_conflicts(self) -> int:
+        """Return how many exchanges carried keys or tokens that led to different upstreams."""
+        return self.cells[KEY_CONFLICTS]
+
+    @property
+    def keys_learned(self) -> int:
+        """Return how many keys were remembered in all."""
+        return self.cells[KEYS_LEARNED]
+
+    @property
+    def keys_evicted(self) -> int:
+        """Return how many keys were forgotten before their time, because others needed the room."""
+        return self.cells[KEYS_EVICTED]
 
     @property
     def breaks(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
 KEPT_S: Final = 300.0  # Prometheus looks back so far, and scrapes each minute by default
 MAX_REMOVED: Final = 100  # as many more than the configuration may have are there in the tables of the workers
@@ -24,34 +24,36 @@ class Removed:
     """
 
     def __init__(self) -> None:
-        self._removed_at: dict[str, float] = {}  # the longest ago first
+        self._removed: dict[str, tuple[str, float]] = {}  # cluster and when; the longest ago first
 
-    def note(self, before: Iterable[str], present: Iterable[str], now: float) -> None:
-        """Take in which upstreams there were and which there are."""
-        present = frozenset(present)
-        for upstream_id in before:
+    def note(self, before: Mapping[str, str], present: Collection[str], now: float) -> None:
+        """Take in which upstreams there were, with their clusters, and which there are."""
+        for upstream_id, cluster in before.items():
             if upstream_id not in present:
-                self._removed_at.pop(upstream_id, None)
-                self._removed_at[upstream_id] = now
-        known = self._removed_at.items()
-        kept = [(one, at) for one, at in known if one not in present and now - at < KEPT_S]
-        self._removed_at = dict(kept[-MAX_REMOVED:])
+                self._removed.pop(upstream_id, None)
+                self._removed[upstream_id] = cluster, now
+        known = self._removed.items()
+        kept = [(one, (cluster, at)) for one, (cluster, at) in known if one not in present and now - at < KEPT_S]
+        self._removed = dict(kept[-MAX_REMOVED:])
 
-    def ids(self, now: float) -> list[str]:
-        """Return the upstreams that are still shown, those removed first first."""
-        return [upstream_id for upstream_id, at in self._removed_at.items() if now - at < KEPT_S]
+    def clusters(self, now: float) -> dict[str, str]:
+        """Return the upstreams that are still shown, those removed first first, each with its cluster."""
+        return {upstream_id: cluster for upstream_id, (cluster, at) in self._removed.items() if now - at < KEPT_S}
 
     def to_json(self, now: float) -> list[list[Any]]:
-        """Return them as JSON, with how many seconds ago they were removed."""
-        return [[upstream_id, now - at] for upstream_id, at in self._removed_at.items()]
+        """Return them as JSON, with how many seconds ago they were removed, and from which cluster."""
+        return [[upstream_id, now - at, cluster] for upstream_id, (cluster, at) in self._removed.items()]
 
     @classmethod
     def from_json(cls, written: Iterable[Any], now: float) -> Self:
         """Return what `to_json` wrote in another process, whose clock may be another."""
         removed = cls()
-        removed._removed_at = {str(upstream_id): now - float(age_s) for upstream_id, age_s in written}
+        removed._removed = {
+            str(upstream_id): (str(*cluster[:1]) or "default", now - float(age_s))
+            for upstream_id, age_s, *cluster in written
+        }
         return removed
 
     @override
     def __repr__(self) -> str:
-        return f"<Removed {list(self._removed_at)}>"
+        return f"<Removed {list(self._removed)}>"

@@ -15,16 +15,20 @@ import logging
 import math
 import re
 import ssl
+from functools import partial
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
 from stickyproxy.affinity.choose import Outcome
 from stickyproxy.affinity.health import HealthEvent
-from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
+from stickyproxy.affinity.keys import Found
+from stickyproxy.errors import RequestError, ResponseError, UpstreamGone, UpstreamUnavailable
 from stickyproxy.observe.counters import AFFINITY, HITS, NS, RECEIVED_BYTES, SENT_BYTES
 from stickyproxy.observe.record import Record
+from stickyproxy.proxy.held_body import MAX_HELD_BYTES, HeldBody
+from stickyproxy.proxy.learning import Learning
 from stickyproxy.proxy.placement import Placement
 from stickyproxy.proxy.relay import Relay
 from stickyproxy.proxy.respond import write_error
@@ -39,6 +43,9 @@ from stickyproxy.wire.request_head import write_request_head
 from stickyproxy.wire.response_head import write_response_head
 
 if TYPE_CHECKING:
+    import asyncio
+
+    from stickyproxy.affinity.keys import Key
     from stickyproxy.errors import ExchangeError
     from stickyproxy.proxy.downstream import Downstream
     from stickyproxy.proxy.plane import Plane
@@ -68,22 +75,26 @@ class Exchange:
 
     `_idle_s` is the timeout between two reads of a response's body, `_taken` what the slower side had taken of what was
     written to it when it was last looked at; they are there once a body is relayed, or a side has become slow.
+    `_sent_head` is the head as the upstream gets it.
     """
 
     __slots__ = (
         "_attempts",
         "_connection",
         "_error",
+        "_held",
         "_idle_s",
         "_interim",
         "_is_over",
         "_keep_alive",
+        "_learning",
         "_place",
         "_request",
         "_response",
         "_response_head",
         "_rest",
         "_sent_at",
+        "_sent_head",
         "_started_at",
         "_status",
         "_taken",
@@ -101,12 +112,21 @@ class Exchange:
         self.head = head
         self.request_id = downstream.forwarded.request_id(head) or plane.new_request_id()
         self.is_reading_request = False
-        self._place = Placement(plane, head, downstream.forwarded)
+        router = plane.router
+        if router is None:
+            self._sent_head = head
+            self._place = Placement(plane, plane.default, head, downstream.forwarded)
+        else:
+            found = router.find(head)
+            self._sent_head = found.enter(head)
+            self._place = Placement(plane, found.cluster, self._sent_head, downstream.forwarded, found.writer)
         self._started_at = self._sent_at = perf_counter_ns()
         self._connection: UpstreamConnection | None = None
         self._attempts = 0
         self._request: Relay | None = None
         self._rest = b""
+        self._held: HeldBody | None = None  # while it is to say where the client belongs
+        self._learning: Learning | None = None
         self._response: Relay | None = None
         self._response_head: ResponseHead | None = None
         self._interim = 0
@@ -136,8 +156,42 @@ class Exchange:
             self.fail(RequestError("WebSockets from this origin are not allowed", status=403,
                                    proxy_status="http_request_denied"))  # fmt: skip
             return
-        self._place.read_token()
-        self._choose_and_attempt()
+        place = self._place
+        place.read_pin()
+        keys = place.cluster.keys
+        lessons = None if keys is None else keys.lessons(self._sent_head.target)
+        if lessons is not None:
+            self._learning = Learning(lessons, partial(_learn_at, place, None))  # not a method: no cycle to collect
+            if self._request is not None and self._learning.begin_request():
+                self._request.hear = self._learning.hear_request
+        if self._request is not None and self._must_hold_body():
+            self._rest = b""
+            self._held = HeldBody(head.length, self.plane.settings)
+            self._hold_body(self._held, rest)
+        else:
+            self._choose_and_attempt()
+
+    def _must_hold_body(self) -> bool:
+        """Say whether the body is needed to choose; not a large one, nor one that waits to be asked for."""
+        head = self.head
+        return head.length <= MAX_HELD_BYTES and self._place.needs_body() and not find_field(head.section, b"expect")
+
+    def _hold_body(self, held: HeldBody, data: bytes) -> None:
+        """Wait for the whole body of the request, which says where its client belongs; not for a large one."""
+        try:
+            held.feed(data)
+        except BodyError as error:
+            self.fail(RequestError(str(error), phase="body"))
+            return
+        if len(held.payload) > self.plane.settings.body_bytes:
+            self.fail(_too_large())
+        elif held.is_whole or held.is_too_long:
+            self._rest, self._held = bytes(held.raw), None
+            if held.is_whole:
+                self._place.read_body(held.payload)
+            self._choose_and_attempt()
+        else:
+            self.downstream.deadline = self.plane.now + self.plane.settings.timeouts.body_idle_s
 
     def _allows_origin(self) -> bool:
         rules, section = self.plane.settings.origins, self.head.section
@@ -151,7 +205,7 @@ class Exchange:
         """Choose an upstream and try it; wait for it, or answer, where there is none."""
         try:
             pool = self._place.choose(has_waited=has_waited)
-        except UpstreamUnavailable as error:
+        except (UpstreamGone, UpstreamUnavailable, RequestError) as error:
             self.fail(error)
             return
         if pool is None:
@@ -176,7 +230,7 @@ class Exchange:
         connection.exchange = self
         self._sent_at = perf_counter_ns()
         connection.transport.write(
-            write_request_head(self.head, self.downstream.forwarded, self.request_id, connection.pool.authority)
+            write_request_head(self._sent_head, self.downstream.forwarded, self.request_id, connection.pool.authority)
         )
         self._rearm()
         if self._request is None:
@@ -193,7 +247,10 @@ class Exchange:
         """Send on what came of the body."""
         connection, relay = self._connection, self._request
         if connection is None or relay is None:
-            self._rest += data  # no upstream yet, and the client is paused
+            if self._held is not None:
+                self._hold_body(self._held, data)
+            else:
+                self._rest += data  # no upstream yet, and the client is paused
             return
         try:
             framed = relay.feed(data)
@@ -243,8 +300,11 @@ class Exchange:
         is_last = plane.is_stopping or (plane.is_leaving and self.downstream.is_tls)
         if (length < 0 and not is_chunked) or is_last:
             self._keep_alive = False
+        hears_body = self._learning is not None and self._learning.hear_head(head)
         out = self._write_response_head(head, is_chunked=is_chunked)
         if length == len(rest):  # the common case: all of it is here
+            if hears_body and self._learning is not None:
+                self._learning.hear_response(rest)
             self.downstream.transport.write(out + rest if length else out)
             pool.counters.cells[SENT_BYTES] += length
             self._finish(is_reusable=head.keep_alive)
@@ -253,6 +313,8 @@ class Exchange:
             self._finish(is_reusable=False)
         else:
             self._response = Relay(length, self.plane.settings, is_chunked=is_chunked)
+            if hears_body and self._learning is not None:
+                self._response.hear = self._learning.hear_response
             is_event_stream = _EVENT_STREAM.match(find_field(head.section, b"content-type")) is not None
             self._idle_s = math.inf if is_event_stream else self.plane.settings.timeouts.response_idle_s
             self._relay_response(self._response, rest, out)
@@ -267,11 +329,13 @@ class Exchange:
             framing += self.plane.date_line  # RFC 9110, section 6.6.1
         if head.has_cookies:
             self._drop_cookies(head)
+        if head.pin is not None:
+            self._place.obey(head.pin)
         return write_response_head(head, self._place.write_cookie(head.cache_control), framing)
 
     def _drop_cookies(self, head: ResponseHead) -> None:
         """Take out what the application sets in place of the affinity cookie."""
-        writer = self.plane.cookie_writer
+        writer = self._place.cookie_writer
         if writer is not None:
             head.section = writer.drop_foreign(head.section)
 
@@ -300,6 +364,11 @@ class Exchange:
         self._status = head.status
         upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
         self._drop_cookies(head)
+        if head.pin is not None:
+            place.obey(head.pin)
+        learning = self._learning
+        if learning is not None:
+            learning.hear_head(head)
         downstream.transport.write(write_response_head(head, place.write_cookie(None), upgrade))
         pool.counters.observe_response(perf_counter_ns() - self._sent_at)
         record = self._describe() if self.plane.log is not None else None
@@ -308,10 +377,12 @@ class Exchange:
         self._record("ok")
         early = downstream.become_tunnel()
         tunnel.open(downstream.transport, connection.transport)
+        if learning is not None:
+            learning.overhear(tunnel, partial(_learn_at, place, pool))
         if rest:
-            tunnel.upstream.data_received(rest)
+            _receive(connection.transport, rest)
         if early:
-            tunnel.client.data_received(early)
+            _receive(downstream.transport, early)
         if downstream.has_eof:
             tunnel.client.eof_received()
         if self.plane.is_stopping:
@@ -358,7 +429,7 @@ class Exchange:
         if plane.log is not None and self._status != _SWITCHING:  # a tunnel is logged when it ends
             plane.log(self._describe())
         if pool is None:
-            counters = plane.counters.none
+            counters = place.cluster.none
         else:
             counters = pool.counters
             counters.count_attempt(attempt)
@@ -413,7 +484,7 @@ class Exchange:
         """Hold the request until its upstream is back, as long as the rules say, then look for another."""
         plane, place = self.plane, self._place
         now = plane.loop.time
-        until = self._wait_until = self._wait_until or now() + plane.snapshot.rules.wait_s
+        until = self._wait_until = self._wait_until or now() + place.cluster.snapshot.rules.wait_s
         while not self._is_over and (left_s := until - now()) > 0:
             await plane.wait_for_change(min(left_s, _LOOK_AGAIN_S))
             if place.is_back():
@@ -435,7 +506,7 @@ class Exchange:
             logger.warning("cannot connect to upstream %s: %s", pool.upstream_id, error)
             self._on_dial_error(pool, error)
         else:
-            if pool.digest not in self.plane.snapshot.pinnable:
+            if pool.digest not in self._place.cluster.snapshot.pinnable:
                 self.plane.report(pool.upstream_id, HealthEvent.CONNECTED)
             if self._is_over:
                 pool.give_back(connection)
@@ -596,6 +667,16 @@ class Exchange:
     def __repr__(self) -> str:
         side = "request" if self.is_reading_request else "response" if self._response_head else "waiting"
         return f"<Exchange {self.head.method.decode('latin-1')} {side} attempts={self._attempts}>"
+
+
+def _learn_at(place: Placement, pool: Pool | None, key: Key, value: bytes) -> None:
+    """Remember a key that an exchange has told, at its upstream, or a tunnel, at the one of `pool`."""
+    place.learn(Found(key, value), pool)
+
+
+def _receive(transport: asyncio.Transport, data: bytes) -> None:
+    """Give bytes that came early to whom the connection belongs now."""
+    cast("asyncio.Protocol", transport.get_protocol()).data_received(data)
 
 
 def _too_large() -> RequestError:

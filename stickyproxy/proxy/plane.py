@@ -10,31 +10,37 @@ import os
 import time
 from typing import TYPE_CHECKING, Final
 
-from stickyproxy.affinity.policy import Chance
+from stickyproxy.affinity.snapshot import Rules, Snapshot, nowhere_digest
 from stickyproxy.affinity.token import CLIENT_ID_BYTES
+from stickyproxy.config import DEFAULT_CLUSTER
 from stickyproxy.observe.counters import (
     CONNECTIONS_OPEN,
     DOWNSTREAMS,
     IS_ACCEPTING,
+    KEYS_EVICTED,
+    KEYS_LEARNED,
     TICKED_AT,
     PlaneCounters,
     UpstreamCounters,
 )
 from stickyproxy.proxy.addresses import AddressCounts
+from stickyproxy.proxy.cluster import Cluster
 from stickyproxy.proxy.crowd import Crowd
 from stickyproxy.proxy.gate import Gate
+from stickyproxy.proxy.key_table import KeyStore, KeyTable
 from stickyproxy.proxy.pool import PLACED_WINDOW_S, Pool
-from stickyproxy.proxy.settings import OFF
+from stickyproxy.proxy.router import Router
+from stickyproxy.proxy.settings import OFF, ClusterSettings
 from stickyproxy.proxy.socket_state import is_reset
-from stickyproxy.wire.cookies import CookieReader, CookieWriter
+from stickyproxy.wire.cookies import CookieReader, CookiesReader
 from stickyproxy.wire.response_head import write_date
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from stickyproxy.affinity.health import HealthEvent
     from stickyproxy.affinity.sessions import SessionTable
-    from stickyproxy.affinity.snapshot import Snapshot, Upstream
+    from stickyproxy.affinity.snapshot import Upstream
     from stickyproxy.observe.record import Record
     from stickyproxy.observe.table import Table
     from stickyproxy.proxy.board import Place
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 TICK_S: Final = 0.25
 _LOOK_S: Final = 1.0  # between two looks for connections that were reset while nobody read them
 _CLIENT_IDS_AT_ONCE: Final = 256
+_OWN_KEYS: Final = 4096  # of a plane that shares its table with nobody
 
 
 class Plane:
@@ -74,11 +81,23 @@ class Plane:
         self._place: Place | None = None
         self.on_tick: Callable[[], None] | None = None
         """What the process around the plane does regularly, too."""
-        self.chance = Chance(random)
         self._table = table
         self.counters = PlaneCounters() if table is None else table.plane
-        self.snapshot: Snapshot
+        self.clusters: dict[str, Cluster] = {}
+        """By name: those of the settings, and those that upstreams are leaving."""
+        self.router: Router | None = None
+        """Finds the cluster of a request; None where there is but one."""
+        self.cookie_reader: CookieReader | CookiesReader | None = None
+        """Takes the affinity cookies of all clusters out of requests."""
+        self._nowhere = Cluster("", ClusterSettings(None), random, self.counters.none)
+        self._published: frozenset[str] = frozenset()  # the clusters of the last routing state
+        self._is_routed = False  # as the settings say
+        self.is_shared = False
+        """Whether other workers place clients, too."""
+        self.keys: KeyStore = KeyTable.create(_OWN_KEYS)
+        """The keys that were learned; another table may be put in its place, which others use, too."""
         self.pools: dict[bytes, Pool] = {}
+        """Of the upstreams of all clusters, by digest."""
         self.handshakes: set[Handshake] = set()
         self.downstreams: set[Downstream] = set()
         self.tunnels: set[Tunnel] = set()
@@ -112,8 +131,42 @@ class Plane:
         self._sweeps_tunnels = (
             settings.pings is not None or min(timeouts.tunnel_idle_s, timeouts.tunnel_max_age_s) < OFF
         )
-        self.cookie_reader = CookieReader(settings.cookie.name) if settings.cookie else None
-        self.cookie_writer = CookieWriter(settings.cookie) if settings.cookie else None
+        for name, of_cluster in settings.clusters.items():
+            cluster = self.clusters.get(name)
+            if cluster is None:
+                self._add_cluster(name, of_cluster)
+            elif cluster.settings != of_cluster:
+                cluster.change_settings(of_cluster)
+        self._is_routed = False
+        self._route()
+
+    def _add_cluster(self, name: str, settings: ClusterSettings) -> Cluster:
+        """Begin to know a cluster; that of no route counts what reaches no upstream with what is no request at all."""
+        if name == DEFAULT_CLUSTER:
+            none = self.counters.none
+        else:
+            none = UpstreamCounters() if self._table is None else self._table.upstream(nowhere_digest(name))
+        cluster = self.clusters[name] = Cluster(name, settings, self.random, none)
+        return cluster
+
+    def _route(self) -> None:
+        """Go by the routes of the settings, once the routing state of each of their clusters is known.
+
+        Until then those before hold: a cluster that was added just now could serve nobody yet.
+        """
+        settings = self.settings
+        if self._is_routed or not self._published.issuperset(settings.clusters):
+            return
+        self._is_routed = True
+        names = [one.cookie.name for one in settings.clusters.values() if one.cookie is not None]
+        if settings.routes:
+            self.router = Router(settings, self.clusters, self._nowhere)
+            self.cookie_reader = CookiesReader(names) if names else None
+        else:
+            self.router = None
+            self.cookie_reader = CookieReader(names[0]) if names else None
+        for downstream in self.downstreams:
+            downstream.change_settings()
 
     def change_settings(self, settings: Settings) -> None:
         """Work by other settings from the next request on; tunnels keep the age and the Pings they were opened with."""
@@ -142,29 +195,62 @@ class Plane:
         self._place = place
         self.addresses.share(None if place is None else place.addresses)
 
-    def publish(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
-        """Take a new routing state: one assignment. `endpoints` are those of its upstreams, by id.
+    def publish(self, snapshots: Iterable[Snapshot], endpoints: Mapping[str, Endpoint]) -> None:
+        """Take a new routing state: a snapshot of each cluster, and the endpoints of all upstreams, by id.
 
         Open exchanges and tunnels keep the upstream that they have; requests that wait look again.
         """
-        for upstream in snapshot.upstreams:
-            pool = self.pools.get(upstream.digest)
-            if pool is None or pool.endpoint != endpoints[upstream.id]:
-                if pool is not None:  # the same upstream at another place: what was counted of it goes on
-                    counters = pool.counters
-                    pool.close()
-                else:
-                    counters = UpstreamCounters() if self._table is None else self._table.upstream(upstream.digest)
-                self.pools[upstream.digest] = Pool(self, upstream.id, upstream.digest, endpoints[upstream.id], counters)
-        for digest in self.pools.keys() - snapshot.by_digest.keys():
+        by_name = {one.cluster: one for one in snapshots}
+        present: set[bytes] = set()
+        for snapshot in by_name.values():
+            present |= snapshot.by_digest.keys()
+            for upstream in snapshot.upstreams:
+                self._keep_pool(upstream, endpoints[upstream.id])
+        for digest in self.pools.keys() - present:
             self.pools.pop(digest).close()
             if self._table is not None:
                 self._table.release(digest)
-        self.snapshot = snapshot
+        for name in self.clusters.keys() - by_name.keys():
+            self._empty_cluster(name)
+        for name, snapshot in by_name.items():
+            cluster = self.clusters.get(name) or self._add_cluster(name, ClusterSettings(None))
+            cluster.snapshot = snapshot
+            self.is_shared = snapshot.rules.is_shared
+        self._published = frozenset(by_name)
+        self._route()
         waiting, self._changed = self._changed, set()
         for future in waiting:
             if not future.done():
                 future.set_result(None)
+
+    def _keep_pool(self, upstream: Upstream, endpoint: Endpoint) -> None:
+        """Have a pool for an upstream at its endpoint."""
+        pool = self.pools.get(upstream.digest)
+        if pool is None or pool.endpoint != endpoint:
+            if pool is not None:  # the same upstream at another place: what was counted of it goes on
+                counters = pool.counters
+                pool.close()
+            else:
+                counters = UpstreamCounters() if self._table is None else self._table.upstream(upstream.digest)
+            self.pools[upstream.digest] = Pool(self, upstream.id, upstream.digest, endpoint, counters)
+
+    def _empty_cluster(self, name: str) -> None:
+        """Let a cluster be without upstreams; forget it where it is not among the settings either."""
+        cluster = self.clusters[name]
+        cluster.snapshot = Snapshot(name, (), Rules())
+        if name not in self.settings.clusters:
+            del self.clusters[name]
+            if self._table is not None:
+                self._table.release(nowhere_digest(name))
+
+    @property
+    def default(self) -> Cluster:
+        """Return the cluster of all requests, where there are no routes."""
+        return self.clusters.get(DEFAULT_CLUSTER, self._nowhere)
+
+    def find_cluster(self, digest: bytes) -> Cluster | None:
+        """Return the cluster that an upstream belongs to, by its digest; O(clusters)."""
+        return next((one for one in self.clusters.values() if digest in one.snapshot.by_digest), None)
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until the next snapshot is published, or until the time is over."""
@@ -177,7 +263,7 @@ class Plane:
         """Return how many clients use an upstream: its sessions, those without one, and those placed just now."""
         digest = upstream.digest
         pool = self.pools[digest]
-        if self._place is None or not self.snapshot.rules.is_shared:
+        if self._place is None or not self.is_shared:
             return self.sessions.counts.get(digest, 0) + pool.strangers + pool.placed + pool.placed_before
         return self._place.read(digest) + self._beyond(pool)
 
@@ -187,7 +273,7 @@ class Plane:
 
     def show_load(self, pool: Pool) -> None:
         """Let other workers, where there are any, see at once how many clients an upstream has here."""
-        if self._place is not None and self.snapshot.rules.is_shared:
+        if self._place is not None and self.is_shared:
             self._place.write(pool.digest, self._beyond(pool))
 
     def new_client_id(self) -> bytes:
@@ -312,6 +398,7 @@ class Plane:
         cells[CONNECTIONS_OPEN] = self.connections
         cells[IS_ACCEPTING] = bool(self.gate.listeners) and self.gate.is_open and not self.is_stopping
         cells[TICKED_AT] = time.monotonic_ns()
+        cells[KEYS_LEARNED], cells[KEYS_EVICTED] = self.keys.learned, self.keys.evicted
         for pool in self.pools.values():
             pool.show()
 

@@ -8,6 +8,8 @@ from stickyproxy.wire.body import ChunkedReader, LengthReader, UntilCloseReader,
 from stickyproxy.wire.head import CHUNKED, UNTIL_CLOSE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stickyproxy.proxy.settings import Settings
     from stickyproxy.wire.body import BodyReader
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 class Relay:
     """One body. `relayed_bytes` counts its payload; `is_done` turns true with the last byte of its framing."""
 
-    __slots__ = ("_is_chunked", "_reader", "is_delimited", "relayed_bytes")
+    __slots__ = ("_is_chunked", "_reader", "hear", "is_delimited", "relayed_bytes")
 
     def __init__(self, length: int, settings: Settings, *, is_chunked: bool) -> None:
         """Relay a body of `length` bytes, CHUNKED or UNTIL_CLOSE; `is_chunked` says how it is sent on."""
@@ -30,11 +32,15 @@ class Relay:
         self.is_delimited = is_chunked or length >= 0
         """Whether the receiver can tell a body that was cut from a whole one by its framing."""
         self.relayed_bytes = 0
+        self.hear: Callable[[bytes], bool] | None = None
+        """Gets the payload before it is passed on, as long as it says that it wants more."""
 
     def feed(self, data: bytes) -> bytes:
         """Return the bytes to send on for those that came, perhaps none; raise BodyError."""
         payload = self._reader.feed(data)
         self.relayed_bytes += len(payload)
+        if self.hear is not None and payload and not self.hear(payload):
+            self.hear = None
         if not self._is_chunked:
             return payload
         framed = write_chunk(payload) if payload else b""

@@ -8,6 +8,7 @@ from html import escape
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+from stickyproxy.errors import UpstreamGone
 from stickyproxy.wire.headers import find_field
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 REDIRECT: Final = 308  # RFC 9110, section 15.4.9: the method stays what it was
 _HTTPS_PORT: Final = 443
+_PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{status} {phrase}</title>
@@ -35,11 +37,14 @@ def write_error(
     It carries the request's id, which the log has too, and Proxy-Status (RFC 9209). `date_line` is the Date field with
     its CRLF.
     """
-    phrase = HTTPStatus(error.status).phrase
-    content_type, body = _body(error, phrase, head, request_id.decode("ascii"))
+    phrase = _PHRASES.get(error.status, "")  # an app's own status may have none (RFC 9112, section 4)
+    if isinstance(error, UpstreamGone):
+        content_type, body = error.content_type, error.body.encode()
+    else:
+        content_type, body = _body(error, phrase, head, request_id.decode("ascii"))
     lines = [
         f"HTTP/1.1 {error.status} {phrase}",
-        f"Content-Type: {content_type}; charset=utf-8",
+        f"Content-Type: {content_type}",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-store",
         f'Proxy-Status: stickyproxy; error={error.proxy_status}; details="{error.reason}"',
@@ -83,8 +88,8 @@ def _body(error: ExchangeError, phrase: str, head: RequestHead | None, request_i
             hint=_RETRY_HINT if error.retry_after_s is not None else "",
             request_id=request_id,
         )
-        return "text/html", page.encode()
+        return "text/html; charset=utf-8", page.encode()
     if b"json" in accept:
         facts = {"status": error.status, "error": phrase, "reason": error.reason, "request_id": request_id}
-        return "application/json", json.dumps(facts).encode()
-    return "text/plain", f"{error.status} {phrase}: {error.reason}\nrequest {request_id}\n".encode()
+        return "application/json; charset=utf-8", json.dumps(facts).encode()
+    return "text/plain; charset=utf-8", f"{error.status} {phrase}: {error.reason}\nrequest {request_id}\n".encode()

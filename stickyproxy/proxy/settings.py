@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from stickyproxy.config import DEFAULT_CLUSTER
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stickyproxy.affinity.keys import Key
+    from stickyproxy.affinity.routes import Route
     from stickyproxy.wire.forwarded import Network
     from stickyproxy.wire.origin import OriginRules
 
@@ -47,10 +52,18 @@ class Pings:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """How the clients of one cluster are known. `cookie` None is none; `keys` are other rungs of the ladder."""
+
+    cookie: CookieAttributes | None = field(default_factory=CookieAttributes)
+    keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of a data plane; every value has the default of the configuration file.
 
-    Counts and sizes may be infinity, which is "off".
+    Counts and sizes may be infinity, which is "off". Without `routes` all requests are for the cluster "default".
     """
 
     head: HeadLimits = field(default_factory=HeadLimits)
@@ -63,7 +76,8 @@ class Settings:
     connections: float = OFF  # of clients, tunnels included
     connections_per_address: float = OFF
     idle_connections: int = 256  # for each upstream (HAProxy's pool-max-conn is unlimited, nginx's keepalive has none)
-    cookie: CookieAttributes | None = field(default_factory=CookieAttributes)
+    clusters: Mapping[str, ClusterSettings] = field(default_factory=lambda: {DEFAULT_CLUSTER: ClusterSettings()})
+    routes: tuple[Route, ...] = ()
     trusted: tuple[Network, ...] = ()
     trusts_unix: bool = False
     forwarded: bool = False

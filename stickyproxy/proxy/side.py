@@ -174,7 +174,7 @@ class Side(asyncio.Protocol):
         self.received_bytes, self.is_eof = state.received_bytes, state.is_eof
 
 
-class _Watch(asyncio.Protocol):
+class Watch(asyncio.Protocol):
     """Stands before a side whose end is near, and sees what comes from it."""
 
     def __init__(self, side: Side) -> None:
@@ -197,7 +197,7 @@ class _Watch(asyncio.Protocol):
         self._side.resume_writing()
 
 
-class Ending(_Watch):
+class Ending(Watch):
     """For a side in the middle of a frame: passes on the rest of it, and then ends what the side sends."""
 
     @override
@@ -215,7 +215,7 @@ class Ending(_Watch):
                 side.data_received(data[at:])
 
 
-class Farewell(_Watch):
+class Farewell(Watch):
     """For a client over TLS that was sent a Close frame: with its own, all is said.
 
     It would wait for the connection to be closed (RFC 6455, section 7.1.1), which over TLS cannot be done by half.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from stickyproxy.wire.headers import Section
 
 
@@ -47,6 +49,34 @@ class CookieReader:
         return token
 
 
+class CookiesReader:
+    """Finds several cookies by name, as a `CookieReader` finds one."""
+
+    __slots__ = ("_pattern",)
+
+    def __init__(self, names: Iterable[str]) -> None:
+        any_name = b"|".join(re.escape(name.encode("ascii")) for name in names)
+        self._pattern = re.compile(rb"(?:(?<=;)|\A)[ \t]*(" + any_name + rb")[ \t]*=([^;]*)(?:;|\Z)")
+
+    def take(self, section: Section, positions: list[int]) -> dict[bytes, bytes]:
+        """Return the values of the cookies by name, and take them out of the Cookie fields, the parts at `positions`.
+
+        A field left empty becomes an empty part. Of one that comes several times the first value counts, and all are
+        taken out.
+        """
+        tokens: dict[bytes, bytes] = {}
+        for at in positions:
+            line = section[at]
+            value = line[line.index(b":") + 2 : -2]
+            found = self._pattern.findall(value)
+            if found:
+                for name, token in found:
+                    tokens[name] = tokens.get(name) or token.strip(b' \t"')
+                rest = self._pattern.sub(b"", value).strip(b" \t;")
+                section[at] = b"Cookie: " + rest + b"\r\n" if rest else b""
+        return tokens
+
+
 @dataclass(frozen=True, slots=True)
 class CookieAttributes:
     """How the affinity cookie is set. `max_age_s` None makes it end with the browser's session."""
@@ -62,16 +92,22 @@ class CookieAttributes:
 
 
 class CookieWriter:
-    """Writes the Set-Cookie line; everything but the token is put together beforehand."""
+    """Writes the Set-Cookie line; everything but the token is put together beforehand.
 
-    __slots__ = ("_own", "_plain_end", "_secure_end", "_start")
+    `name` is that of the cookie. `is_weakened` says that over http the cookie is not what the attributes ask for, since
+    browsers would drop it.
+    """
+
+    __slots__ = ("_own", "_place", "_place_and_age", "_plain_end", "_secure_end", "_start", "is_weakened", "name")
 
     def __init__(self, attributes: CookieAttributes) -> None:
         end = f"; Path={attributes.path}"
         if attributes.domain:
             end += f"; Domain={attributes.domain}"
+        self._place = end.encode("ascii")
         if attributes.max_age_s is not None:
             end += f"; Max-Age={attributes.max_age_s}"
+        self._place_and_age = end.encode("ascii")
         if attributes.http_only:
             end += "; HttpOnly"
         plain = secure = end
@@ -85,7 +121,8 @@ class CookieWriter:
             plain = secure
         elif attributes.secure is False:
             secure = plain
-        name = attributes.name.encode("ascii")
+        self.is_weakened = attributes.secure == "auto" and (attributes.same_site == "none" or attributes.partitioned)
+        self.name = name = attributes.name.encode("ascii")
         self._start = b"Set-Cookie: " + name + b"="
         self._own = re.compile(rb"(?i:set-cookie): " + re.escape(name) + rb"[ \t]*(?:[=;\r]|\Z)")
         self._plain_end = plain.encode("ascii")
@@ -94,6 +131,11 @@ class CookieWriter:
     def write(self, token: bytes, *, is_https: bool) -> bytes:
         """Return the Set-Cookie line, without CRLF, for a response to a request over https or http."""
         return self._start + token + (self._secure_end if is_https else self._plain_end)
+
+    def write_end(self, *, is_https: bool) -> bytes:
+        """Return the Set-Cookie line, without CRLF, that takes the cookie from the client (RFC 6265, section 3.1)."""
+        end = self._secure_end if is_https else self._plain_end
+        return self._start + self._place + b"; Max-Age=0" + end[len(self._place_and_age) :]
 
     def drop_foreign(self, section: Section) -> Section:
         """Return a section of a response without the cookies of this name that the application sets.

@@ -35,23 +35,28 @@ class ConnectionOrigin:
 
 
 class ForwardedWriter:
-    """Writes the fields about the client for one connection; those that never change are put together once."""
+    """Writes the fields about the client for one connection; those that never change are put together once.
 
-    __slots__ = ("_constant", "_forwarded", "_prefix", "origin")
+    `prefix` is what stands before all paths, as the apps' own links must have it; behind it comes the one that was
+    taken off the target of a request.
+    """
+
+    __slots__ = ("_about", "_constant", "_forwarded", "_prefix", "origin")
 
     def __init__(self, origin: ConnectionOrigin, *, forwarded: bool = False, prefix: str | None = None) -> None:
         self.origin = origin
         self._forwarded = forwarded
-        self._prefix = f"X-Forwarded-Prefix: {prefix}\r\n".encode() if prefix else b""
-        self._constant = self._write_constant()
+        self._prefix = (prefix or "").encode("ascii")
+        self._about = self._write_about()
+        self._constant = self._about + _write_prefix(self._prefix)
 
-    def _write_constant(self) -> bytes:
+    def _write_about(self) -> bytes:
         origin = self.origin
         proto = "https" if origin.is_https else "http"
         text = f"X-Forwarded-For: {origin.address}\r\nX-Forwarded-Proto: {proto}\r\n"
         if origin.port:
             text += f"X-Forwarded-Port: {origin.port}\r\n"
-        return text.encode("ascii") + self._prefix
+        return text.encode("ascii")
 
     def is_https(self, head: RequestHead) -> bool:
         """Say whether the client's own link is https: the listener's, or what a trusted proxy says of its own."""
@@ -80,7 +85,10 @@ class ForwardedWriter:
             via = b"Via: " + head.via + via[4:].replace(b" ", b", ", 1)
         if head.forwarded is not None and self.origin.is_trusted:
             return self._write_taken_over(head, head.forwarded) + via + PSEUDONYM + b"\r\n"
-        lines = b"%bX-Forwarded-Host: %b\r\n%b%b\r\n" % (self._constant, head.host, via, PSEUDONYM)
+        constant = self._constant
+        if head.prefix:
+            constant = self._about + _write_prefix(_join(self._prefix, head.prefix))
+        lines = b"%bX-Forwarded-Host: %b\r\n%b%b\r\n" % (constant, head.host, via, PSEUDONYM)
         return lines + self._write_forwarded(head, b"") if self._forwarded else lines
 
     def _write_taken_over(self, head: RequestHead, said: dict[bytes, bytes]) -> bytes:
@@ -95,9 +103,8 @@ class ForwardedWriter:
         port = said.get(b"x-forwarded-port", origin.port.encode("ascii"))
         if port:
             lines.append(b"X-Forwarded-Port: " + port)
-        if b"x-forwarded-prefix" in said and not self._prefix:
-            lines.append(b"X-Forwarded-Prefix: " + said[b"x-forwarded-prefix"])
-        text = b"\r\n".join(lines) + b"\r\n" + self._prefix
+        before_us = self._prefix or said.get(b"x-forwarded-prefix", b"")
+        text = b"\r\n".join(lines) + b"\r\n" + _write_prefix(_join(before_us, head.prefix))
         if self._forwarded or b"forwarded" in said:
             text += self._write_forwarded(head, said.get(b"forwarded", b""))
         return text
@@ -112,6 +119,15 @@ class ForwardedWriter:
         if head.host:
             element += b';host="' + head.host + b'"'
         return b"Forwarded: " + (before + b", " if before else b"") + element + b"\r\n"
+
+
+def _join(outer: bytes, inner: bytes) -> bytes:
+    """Return two prefixes as one, the outermost first; neither ends the other with a second slash."""
+    return outer.rstrip(b"/") + inner if inner else outer
+
+
+def _write_prefix(prefix: bytes) -> bytes:
+    return b"X-Forwarded-Prefix: " + prefix + b"\r\n" if prefix else b""
 
 
 def client_address(origin: ConnectionOrigin, head: RequestHead, trusted: tuple[Network, ...]) -> str:

@@ -22,6 +22,7 @@ _LIST_ITEM = re.compile(rb"[^, \t][^,]*")
 # one connection only (RFC 9110, section 7.6.1), or an application with a CGI-like environment, which cannot tell `_`
 # from `-`, would take it for a field that the proxy vouches for. `Proxy` would become HTTP_PROXY there ("httpoxy").
 # Proxy-Authorization and Proxy-Authenticate are for the next proxy, which is this one (RFC 9110, section 11.7).
+# Stickyproxy-Pin is what an application says of a pin: in a response it is read and dropped, in a request just dropped.
 # The alternatives are arranged by their first letters, for they are tried one by one at each line.
 _SAID = rb"(?:by|for|host|p(?:ort|refix|roto(?:col)?)|s(?:cheme|erver|sl))"
 REQUEST_SPECIALS: Final = re.compile(
@@ -29,16 +30,21 @@ REQUEST_SPECIALS: Final = re.compile(
     rb"|(upgrade)|(via)"
     rb"|(x-(?:forwarded-" + _SAID + rb"|re(?:al-ip|quest-id)|scheme)|forwarded)"
     rb"|x[-_](?:forwarded[-_]" + _SAID + rb"|re(?:al[-_]ip|quest[-_]id)|scheme)"
-    rb"|keep-alive|http2-settings|proxy(?:-connection|-authorization)?): "
+    rb"|keep-alive|http2-settings|proxy(?:-connection|-authorization)?|stickyproxy[-_]pin): "
 )
 HOST, COOKIE, CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE, VIA, FORWARDED = range(1, 9)
 RESPONSE_SPECIALS: Final = re.compile(
-    rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)"
+    rb"\n(?:c(?:on(?:(nection)|(tent-length))|(ache-control))|t(?:(ransfer-encoding)|e)|(upgrade)|(stickyproxy-pin)"
     rb"|keep-alive|proxy-(?:connection|authenticat(?:e|ion-info))): "
 )
-(RESPONSE_CONNECTION, RESPONSE_CONTENT_LENGTH, RESPONSE_CACHE_CONTROL, RESPONSE_TRANSFER_ENCODING, RESPONSE_UPGRADE) = (
-    range(1, 6)
-)
+(
+    RESPONSE_CONNECTION,
+    RESPONSE_CONTENT_LENGTH,
+    RESPONSE_CACHE_CONTROL,
+    RESPONSE_TRANSFER_ENCODING,
+    RESPONSE_UPGRADE,
+    RESPONSE_PIN,
+) = range(1, 7)
 
 Section = list[bytes]
 """A header section in parts, each of whole canonical lines with their CRLF."""
@@ -95,6 +101,13 @@ def find_field(section: Section, name: bytes) -> bytes:
             if line[: len(name)].lower() == name and line[len(name) : len(name) + 1] == b":":
                 return line[len(name) + 2 :]
     return b""
+
+
+def find_fields(section: Section, name: bytes) -> list[bytes]:
+    """Return the values of all fields of this lower-case name; for the slow path only. O(fields)."""
+    start = name + b":"
+    lines = (line for part in section for line in part.split(b"\r\n"))
+    return [line[len(start) + 1 :] for line in lines if line[: len(start)].lower() == start]
 
 
 def count_fields(section: Section, name: bytes) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from typing_extensions import override
 
 from stickyproxy.errors import RequestError
+from stickyproxy.wire.cookies import CookieReader
 from stickyproxy.wire.head import CHUNKED, NEVER_DROPPED, Framing
 from stickyproxy.wire.headers import (
     CONNECTION,
@@ -28,7 +29,7 @@ from stickyproxy.wire.headers import (
 )
 
 if TYPE_CHECKING:
-    from stickyproxy.wire.cookies import CookieReader
+    from stickyproxy.wire.cookies import CookiesReader
     from stickyproxy.wire.forwarded import ForwardedWriter
     from stickyproxy.wire.head import HeadLimits
     from stickyproxy.wire.headers import Section
@@ -58,7 +59,9 @@ class RequestHead:
     `section` are the end-to-end fields; `cookies` the positions of its parts that are Cookie fields; `length` the
     body's bytes, or CHUNKED; `forwarded` what the client says of those before it, by lower-case name. `token` is the
     value of the affinity cookie, which is no longer in the section once a `RequestHeadReader` has read it; `outgoing`
-    is a place for what the upstream gets after the request line, where that is the same for each such head.
+    is a place for what the upstream gets after the request line, where that is the same for each such head, and
+    `key_fields` one for what was read from the section by whom. Where there are several affinity cookies, `tokens`
+    holds them by name, and whoever knows which is meant sets `token`.
     """
 
     __slots__ = (
@@ -69,14 +72,19 @@ class RequestHead:
         "is_repeatable",
         "is_upgrade",
         "keep_alive",
+        "key_fields",
         "length",
         "method",
         "outgoing",
         "section",
         "target",
         "token",
+        "tokens",
         "via",
     )
+
+    prefix = b""
+    """The path that was taken off the target; only a `StrippedHead` has one."""
 
     def __init__(self, method: bytes, target: bytes, *, is_http_10: bool) -> None:
         self.method = method
@@ -92,7 +100,9 @@ class RequestHead:
         self.forwarded: dict[bytes, bytes] | None = None
         self.via: bytes | None = None
         self.token: bytes | None = None
+        self.tokens: dict[bytes, bytes] | None = None
         self.outgoing: bytes | None = None
+        self.key_fields: tuple[object, tuple[bytes | None, ...] | None] | None = None
 
     def repeat(self, method: bytes, target: bytes) -> RequestHead:
         """Return a head with this one's section and another request line."""
@@ -110,12 +120,28 @@ class RequestHead:
         head.forwarded = self.forwarded
         head.via = self.via
         head.token = self.token
+        head.tokens = self.tokens
         head.outgoing = self.outgoing
+        head.key_fields = self.key_fields
         return head
 
     @override
     def __repr__(self) -> str:
         return f"<RequestHead {self.method!r} {self.target!r} length={self.length}>"
+
+
+class StrippedHead(RequestHead):
+    """A head as an upstream gets it that knows nothing of the prefix that its paths have for clients."""
+
+    __slots__ = ("prefix",)
+
+    def __init__(self, head: RequestHead, prefix: bytes, target: bytes) -> None:
+        for name in RequestHead.__slots__:
+            setattr(self, name, getattr(head, name))
+        self.target = target
+        self.prefix = prefix
+        self.is_repeatable = False
+        self.outgoing = None
 
 
 class RequestHeadReader:
@@ -128,7 +154,7 @@ class RequestHeadReader:
 
     __slots__ = ("_cookies", "_last", "_limits", "_section")
 
-    def __init__(self, limits: HeadLimits, cookies: CookieReader | None = None) -> None:
+    def __init__(self, limits: HeadLimits, cookies: CookieReader | CookiesReader | None = None) -> None:
         self._limits = limits
         self._cookies = cookies
         self._last: RequestHead | None = None
@@ -147,7 +173,10 @@ class RequestHeadReader:
                 return last.repeat(method, target)
         head = parse_request_head(data, end, self._limits)
         if self._cookies is not None and head.cookies is not None:
-            head.token = self._cookies.take(head.section, head.cookies)
+            if isinstance(self._cookies, CookieReader):
+                head.token = self._cookies.take(head.section, head.cookies)
+            else:
+                head.tokens = self._cookies.take(head.section, head.cookies)
         if head.is_repeatable and len(section) <= _MAX_REMEMBERED_BYTES:
             self._last, self._section = head, section
         else:

@@ -14,6 +14,7 @@ from stickyproxy.wire.headers import (
     RESPONSE_CACHE_CONTROL,
     RESPONSE_CONNECTION,
     RESPONSE_CONTENT_LENGTH,
+    RESPONSE_PIN,
     RESPONSE_SPECIALS,
     RESPONSE_TRANSFER_ENCODING,
     FieldError,
@@ -32,7 +33,8 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9])[0-9]{2}(?: [\t -~\x80-\xff]
 class ResponseHead:
     """The facts of one response head; `status_text` is the status code with its reason phrase.
 
-    `has_cookies` says that the application sets some, `has_date` that it says when it made the response.
+    `has_cookies` says that the application sets some, `has_date` that it says when it made the response; `pin` is what
+    it says of the client's pin (Stickyproxy-Pin), None as nearly always.
     """
 
     __slots__ = (
@@ -43,6 +45,7 @@ class ResponseHead:
         "is_upgrade",
         "keep_alive",
         "length",
+        "pin",
         "section",
         "status",
         "status_text",
@@ -59,6 +62,7 @@ class ResponseHead:
         self.has_cookies = False
         self.is_upgrade = False
         self.cache_control: bytes | None = None
+        self.pin: bytes | None = None
 
     @override
     def __repr__(self) -> str:
@@ -102,7 +106,7 @@ def parse_response_head(data: bytes, end: int, limits: HeadLimits, request_metho
     return head
 
 
-def _read_response_section(  # noqa: C901 -- one branch for each field, in one pass
+def _read_response_section(  # noqa: C901, PLR0912 -- one branch for each field, in one pass
     head: ResponseHead, data: bytes, start: int, end: int
 ) -> Framing | None:
     """Read `data[start:end]`; return the framing fields but Content-Length, None where there are none."""
@@ -131,6 +135,8 @@ def _read_response_section(  # noqa: C901 -- one branch for each field, in one p
         at = stop + 2
         if kind == RESPONSE_CONNECTION and lower[value_at:stop] == b"keep-alive":
             head.keep_alive = True
+        elif kind == RESPONSE_PIN:
+            head.pin = data[value_at:stop]
         elif kind is not None:
             if framing is None:
                 framing = Framing()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stickyproxy.affinity.choose import ALL_FULL, NO_CHOICE, BreakReason, Choice, Outcome, Question, choose
+from stickyproxy.affinity.choose import ALL_FULL, NO_CHOICE, BreakReason, Choice, Outcome, Question, choose, why_broken
 from stickyproxy.affinity.policy import Chance, choose_rendezvous
 from stickyproxy.affinity.sessions import Session
 from stickyproxy.affinity.snapshot import AdminState, Health, OnUnavailable, Rules, Snapshot, Upstream
@@ -208,6 +208,69 @@ def test_the_address_is_hashed(has_cookie: bool) -> None:  # noqa: FBT001
         assert choice == Choice(choose_rendezvous(upstreams, key), Outcome.ADDRESS)
         chosen.add(choice.upstream)
     assert chosen == set(upstreams)
+
+
+@pytest.mark.parametrize("has_cookie", [True, False])
+@pytest.mark.parametrize("address_key", [None, b"192.0.2.1"])
+def test_a_key_that_the_client_has_made_is_hashed_before_its_address(
+    has_cookie: bool,  # noqa: FBT001
+    address_key: bytes | None,
+) -> None:
+    upstreams = (PINNED, OTHER, THIRD)
+    chosen = set()
+    for number in range(50):
+        key = b"Gradio session\0%d" % number
+        question = Question(None, token=Outcome.INVALID, key=key, address_key=address_key)
+        choice = ask(question, *upstreams, has_cookie=has_cookie)
+        assert choice == Choice(choose_rendezvous(upstreams, key), Outcome.HASHED)
+        chosen.add(choice.upstream)
+    assert chosen == set(upstreams), "whatever the address is"
+
+
+def test_a_key_is_hashed_over_those_that_may_be_chosen() -> None:
+    """One that fails moves its own keys alone, and one that is full or was tried gets none."""
+    upstreams = (PINNED, OTHER, THIRD)
+    tried = frozenset({THIRD.digest})
+    for number in range(50):
+        key = b"key %d" % number
+        before = ask(Question(None, key=key), *upstreams).upstream
+        for left in (
+            ask(Question(None, key=key), PINNED, OTHER, replace(THIRD, health=Health.UNHEALTHY)),
+            ask(Question(None, key=key), PINNED, OTHER, replace(THIRD, admin=AdminState.DRAIN)),
+            ask(Question(None, key=key, tried=tried), *upstreams),
+            ask_with_load(Question(None, key=key), {"third": 1}, PINNED, OTHER, replace(THIRD, max_sessions=1)),
+        ):
+            assert left == Choice(choose_rendezvous((PINNED, OTHER), key), Outcome.HASHED)
+            assert before is THIRD or left.upstream is before
+    full = Upstream("full", max_sessions=1)
+    assert ask_with_load(Question(None, key=b"k"), {"full": 1}, full) == ALL_FULL
+    assert ask(Question(None, key=b"k")) == NO_CHOICE
+
+
+def test_a_pin_that_holds_comes_before_a_key_and_one_that_breaks_moves_without_it() -> None:
+    assert ask(Question(SESSION, key=b"k"), OTHER, PINNED) == Choice(PINNED, Outcome.HIT)
+    dead = replace(PINNED, is_refused=True)
+    choice = ask(Question(SESSION, key=b"k"), OTHER, dead)
+    assert choice == Choice(OTHER, Outcome.REDISPATCHED, BreakReason.REFUSED)
+
+
+@pytest.mark.parametrize("pin", PINS)
+def test_why_a_pin_does_not_hold(pin: str) -> None:
+    upstream, tried, broken = PINS[pin]
+    snapshot = Snapshot("default", (THIRD,) if upstream is None else (upstream, THIRD), Rules())
+    assert why_broken(snapshot, SESSION, tried) is broken
+
+
+def test_why_a_pin_to_one_that_is_closing_does_not_hold() -> None:
+    snapshot = Snapshot("default", (CLOSING, THIRD), Rules())
+    assert why_broken(snapshot, session_with(1), NOT_TRIED) is None
+    assert why_broken(snapshot, session_with(0), NOT_TRIED) is BreakReason.CLOSED
+
+
+def test_what_the_ladder_adds_has_its_names() -> None:
+    """They are the values of labels, which dashboards know."""
+    assert [str(one) for one in Outcome][:4] == ["hit", "learned", "hashed", "gone"]
+    assert (BreakReason.RELEASED.value, BreakReason.MOVED.value) == ("released", "moved")
 
 
 def test_no_upstream_is_no_choice() -> None:

@@ -149,6 +149,58 @@ def test_two_tokens_of_one_client_are_one_session() -> None:
     assert (len(table), table.counts, second.digest) == (1, {HERE: 1}, HERE)
 
 
+# What something else than a token says
+
+
+def test_a_client_that_a_key_holds_is_a_session_once_it_is_touched() -> None:
+    table = table_of()
+    session = table.hold(CLIENT, HERE, 100.9)
+    assert (session.client_id, session.digest, session.pinned_at) == (CLIENT, HERE, 100)
+    assert (len(table), table.counts) == (0, {})
+    table.touch(session, 0.0)
+    assert table.counts == {HERE: 1}
+    assert table.hold(CLIENT, HERE, 200) is session
+    assert session.pinned_at == 100, "as it was"
+
+
+def test_a_key_that_leads_elsewhere_moves_the_session() -> None:
+    """Whatever the times are: the key says where the app has it now."""
+    table = table_of()
+    session = present(table, value_of(HERE, pinned_at=100))
+    table.touch(session, 0.0)
+    table.take_changes()
+    assert table.hold(CLIENT, THERE, 99.5) is session
+    assert (session.digest, session.pinned_at, table.counts) == (THERE, 99, {THERE: 1})
+    assert table.take_changes() == ([session], [])
+
+
+@pytest.mark.parametrize(("count", "is_left"), [(0, False), (1, False), (2, True)])
+def test_a_session_ends_unless_more_of_it_is_open_than_the_exchange_that_says_so(count: int, *, is_left: bool) -> None:
+    table = table_of()
+    session = used(table, 1, now=0.0)
+    other = used(table, 2, now=0.0)
+    session.open = count
+    table.take_changes()
+    table.end(session)
+    assert table.counts == {HERE: 2 if is_left else 1}
+    assert table.take_changes() == ([], [] if is_left else [session.client_id])
+    assert list(table._active.values())[-1] is other
+    session.open = 0
+    table.end(session)
+    table.end(session)
+    assert table.counts == {HERE: 1}, "once"
+    table.touch(session, 1.0)
+    assert table.counts == {HERE: 2}, "and it may begin again"
+
+
+def test_what_is_no_active_session_does_not_end() -> None:
+    table = table_of()
+    session = used(table, 1, now=0.0)
+    table.end(table.begin(session.client_id, THERE, 100))
+    table.end(table.begin(CLIENT, HERE, 100))
+    assert table.counts == {HERE: 1}
+
+
 # Bounds
 
 
@@ -444,6 +496,21 @@ class Sessions(RuleBasedStateMachine):
             self.digest[session], self.pinned_at[session] = self.digest[before], self.pinned_at[before]
         self.active[session.client_id] = session
         self.since[session] = self.now
+
+    @rule(target=known, client=CLIENTS, digest=DIGESTS)
+    def hold(self, client: bytes, digest: bytes) -> Session:
+        session = self.table.hold(client, digest, self.wall)
+        expected = self.active.get(client)
+        assert expected is None or session is expected
+        if expected is None or self.digest[session] != digest:
+            self.digest[session], self.pinned_at[session] = digest, self.wall
+        return session
+
+    @rule(session=known)
+    def end(self, session: Session) -> None:
+        self.table.end(session)
+        if session.open <= 1 and self.active.get(session.client_id) is session:
+            del self.active[session.client_id]
 
     @rule(session=known, digest=DIGESTS)
     def move(self, session: Session, digest: bytes) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tests.bench.scenarios import Scenario
     from tests.bench.targets import Target
 
+_BY_DEFAULT = [name for name, target in TARGETS.items() if not target.is_asked_for]
+
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options, with `scenarios` and `targets` as values; exit with status 2 on a mistake."""
@@ -42,7 +44,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="what to measure, one or more")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="which proxies (default: all)")
+    parser.add_argument(
+        "--targets", default=",".join(_BY_DEFAULT), help="which proxies (default: all but stickyproxy-keys)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each time (default: 4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a file")

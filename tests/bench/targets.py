@@ -2,7 +2,8 @@
 
 All do the same work: two upstreams, connections to them reused, `X-Forwarded-For` added, clients pinned by an affinity
 cookie; `sets_cookie` says where that cannot be (nginx without its paid edition pins by address, the floor for tunnels
-not at all). Each has one thread or process for the data, besides what Go's runtime starts.
+not at all). `stickyproxy-keys` looks for the keys of all presets, too. Each has one thread or process for the data,
+besides what Go's runtime starts.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Target:
     command: Callable[[Site], list[str]]
     ask_version: tuple[str, ...]
     sets_cookie: tuple[bool, bool] = (True, True)  # with HTTP, with WebSocket
+    is_asked_for: bool = False  # compared only where it is named
 
     def is_installed(self) -> bool:
         return self.program is None or find_program(self.program) is not None
@@ -153,7 +155,7 @@ def caddy_config(site: Site) -> str:
 """
 
 
-def stickyproxy_config(site: Site) -> str:
+def stickyproxy_config(site: Site, presets: str = "") -> str:
     first, second = site.upstream_ports
     tls = ""
     if site.certificate:
@@ -161,6 +163,7 @@ def stickyproxy_config(site: Site) -> str:
         tls = f"\n    tls: {{certificates: [{{{files}}}]}}"
     return f"""\
 workers: 1
+presets: [{presets}]
 listeners:
   - address: 127.0.0.1:{site.port}{tls}
 upstreams:
@@ -194,7 +197,14 @@ def _floor(site: Site) -> list[str]:
 
 
 def _stickyproxy(site: Site) -> list[str]:
-    file = site.write("stickyproxy.yaml", stickyproxy_config(site))
+    return _serve(site.write("stickyproxy.yaml", stickyproxy_config(site)))
+
+
+def _stickyproxy_keys(site: Site) -> list[str]:
+    return _serve(site.write("stickyproxy.yaml", stickyproxy_config(site, "auto")))
+
+
+def _serve(file: str) -> list[str]:
     return [sys.executable, "-m", "stickyproxy", "serve", "--config", file]
 
 
@@ -206,5 +216,6 @@ TARGETS = {
         Target("caddy", "caddy", _caddy, ("version",)),
         Target("floor", None, _floor, ("uvloop", "httptools"), sets_cookie=(True, False)),
         Target("stickyproxy", None, _stickyproxy, ("stickyproxy", "uvloop")),
+        Target("stickyproxy-keys", None, _stickyproxy_keys, ("stickyproxy", "uvloop"), is_asked_for=True),
     )
 }

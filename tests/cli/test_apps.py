@@ -30,7 +30,7 @@ def state(*upstreams: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_path(quoted: str) -> str:
-    return f"/api/v1/clusters/default/upstreams/{quoted}/state"
+    return f"/api/v1/upstreams/{quoted}/state"
 
 
 async def interrupt_at(proxy: StubProxy, calls: int, *command: str) -> tuple[int | None, str, str]:

@@ -14,6 +14,8 @@ from tests.cli.running import EXAMPLES, run, run_process
 from tests.helpers.certificates import Authority
 from tests.helpers.json_schema import find_mistakes
 
+CLUSTER = "clusters: {a: {upstreams: [http://127.0.0.1:3, http://127.0.0.1:4]}}\nroutes: [{path: /a, cluster: a}]"
+
 
 def test_version() -> None:
     assert run("version").stdout == f"stickyproxy {__version__}\n"
@@ -26,7 +28,10 @@ def test_version() -> None:
 def test_check_of_an_example_says_that_it_is_right(path: Path) -> None:
     result = run("check", path)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert re.fullmatch(r"right; [12] (upstreams|app process), 1 listener\n", result.stdout.removeprefix(f"{path}: "))
+    said = result.stdout.removeprefix(f"{path}: ")
+    assert re.fullmatch(
+        r"right; [12] (upstreams?|app process)(, 2 more clusters with 4 upstreams)?, 1 listener\n", said
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,8 @@ def test_check_of_an_example_says_that_it_is_right(path: Path) -> None:
         ("upstreams: [http://127.0.0.1:1]", "1 upstream, 1 listener"),
         ("upstreams: [http://127.0.0.1:1, http://127.0.0.1:2]", "2 upstreams, 1 listener"),
         ("listeners: [127.0.0.1:1, 127.0.0.1:2]", "0 upstreams, 2 listeners"),
+        (f"{CLUSTER}\nupstreams: [http://127.0.0.1:1]", "1 upstream, 1 more cluster with 2 upstreams, 1 listener"),
+        (CLUSTER, "1 cluster with 2 upstreams, 1 listener"),
         ("run: {command: app}", "1 app process, 1 listener"),
         ("run: {command: app, processes: 3}", "3 app processes, 1 listener"),
         ("run: {command: app, processes: {min: 2, max: 8}}", "2 to 8 app processes, 1 listener"),

@@ -1,11 +1,13 @@
 """What the presets are called, and what one of them says."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from stickyproxy.config import PRESETS, load_text, preset_text
+from stickyproxy.config.document import read_document
 from tests.cli.running import run, run_process
 
 
@@ -25,7 +27,8 @@ def test_a_preset_is_printed_as_its_file_stands(name: str, tmp_path: Path) -> No
     result = run("presets", name)
     assert (result.exit_code, result.stdout, result.stderr) == (0, preset_text(name), "")
     assert load_text(f"{{presets: {name}, upstreams: ['http://a']}}", {}).presets == (name,)
-    copied = {"run": {}, **yaml.safe_load(result.stdout)}  # it is a piece of a file, which needs a command only
+    # It is a piece of a file, which needs a command only.
+    copied: dict[str, Any] = {"run": {}, **cast("dict[str, Any]", read_document(result.stdout).value)}
     copied["run"] = {**copied["run"], "command": "app"}
     path = tmp_path / "copied.yaml"
     path.write_text(yaml.safe_dump(copied))

@@ -224,7 +224,7 @@ def test_run_takes_what_the_file_says(served: list[Config], tmp_path: Path) -> N
         (("--processes", "many", "--", "app"), "--processes: expected a whole number from 1 to 256, got 'many'"),
         (("--listen", "8080", "--", "app"), "--listen: expected an address"),
         (("--workers", "0", "--", "app"), "--workers: expected auto or a whole number from 1 to 64"),
-        (("--preset", "nope", "--", "app"), "--preset: there is no preset 'nope'; there are chainlit, "),
+        (("--preset", "nope", "--", "app"), "--preset: there is no preset 'nope'; there are auto, chainlit, "),
         (("--preset", "panel"), "there is no command to run"),
         (("--preset", "panel", "--", "app", "{port}", "{socket}"), "COMMAND: {port} and {socket} together"),
         (("--", ""), "COMMAND"),

@@ -179,3 +179,10 @@ async def test_watch_gives_a_line_of_json_each_time(proxy: StubProxy) -> None:
     lines = out.splitlines()
     assert len(lines) >= 2
     assert all(json.loads(line) == RUNNING for line in lines)
+
+
+def test_of_several_clusters_each_upstream_is_shown_with_its_own() -> None:
+    clusters = [{"name": "default", "upstreams": [upstream("a")]}, {"name": "shop", "upstreams": [upstream("s")]}]
+    lines = describe(state(clusters=clusters), Cpu())
+    assert [line.split()[:2] for line in lines[2:]] == [["CLUSTER", "ID"], ["default", "a"], ["shop", "s"]]
+    assert "CLUSTER" not in "\n".join(describe(state(upstream("a")), Cpu()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stickyproxy.config.cluster import OF_THE_PROXY
 from stickyproxy.config.document import read_document
 from stickyproxy.config.schema import Config
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from stickyproxy.config.errors import PathInFile
+
+_KEYS = """[
+  {mode: hash, cookie: app},
+  {mode: hash, header: X-Key, header_pattern: (a)},
+  {name: k, mode: learn, query: sid, on: /, gone: {},
+   learn: [{in: response, json: id}, {in: request, pattern: a(b)}]},
+]"""
 
 TEXT = """
 listeners:
@@ -28,12 +36,25 @@ upstreams:
 affinity:
   cookie: {}
   secrets: [first-secret-0123456789-0123456789]
+  keys: KEYS
 health: {probe: {path: /healthz}}
+clusters:
+  shop:
+    upstreams:
+      - {id: shop-1, url: "https://b:1", tls: {certificate: /c.pem, key: /c.key}}
+      - {url: "http://127.0.0.1:8102"}
+    affinity:
+      cookie: {}
+      keys: KEYS
+    health: {probe: {path: /healthz}}
+routes:
+  - {host: shop.example.org, path: /tool, cluster: shop, cookie: {http_only: true}}
+  - {path: /more, cluster: shop}
 admin: {token: first-token-0123456789}
 trusted_proxies: [10.0.0.0/8, unix]
 websocket: {origins: [same-host, "https://*.example.org"], ping: {}}
 access_log: {format: json}
-"""
+""".replace("KEYS", _KEYS)
 
 RUN_TEXT = """
 run:
@@ -54,6 +75,7 @@ class Row(NamedTuple):
 
 
 _PROBE = "health.probe"
+_COOKIE = "routes.shop.example.org/tool.cookie"
 _ROWS: list[tuple[str, object, str]] = [
     ("presets", ["engineio"], "presets: engineio added"),
     ("listeners.0.tls.certificates.0.key", "/x.key",
@@ -72,7 +94,7 @@ _ROWS: list[tuple[str, object, str]] = [
     ("upstreams.0.tls.certificate", "/é.pem", 'upstreams.app-1.tls.certificate: /c.pem -> "/\\xE9.pem"'),
     ("upstreams.0.tls.key", "/d.key", "upstreams.app-1.tls.key: /c.key -> /d.key"),
     ("upstreams.1.max_sessions", 500, "upstreams.127.0.0.1:8002.max_sessions: null -> 500"),
-    ("affinity.cookie.name", "pin", "affinity.cookie.name: stickyproxy -> pin"),
+    ("affinity.cookie.name", "pin", "affinity.cookie.name: null -> pin"),
     ("affinity.cookie.path", "/a: b", "affinity.cookie.path: / -> '/a: b'"),
     ("affinity.cookie.domain", "example.org", "affinity.cookie.domain: null -> example.org"),
     ("affinity.cookie.max_age", "30d", "affinity.cookie.max_age: null -> 30d"),
@@ -84,6 +106,25 @@ _ROWS: list[tuple[str, object, str]] = [
     ("affinity.policy", "random", "affinity.policy: least_sessions -> random"),
     ("affinity.on_unavailable", {"wait": "90s"}, "affinity.on_unavailable: redispatch -> {wait: 90s}"),
     ("affinity.client_address", True, "affinity.client_address: false -> true"),
+    ("affinity.keys.0.mode", "learn", "affinity.keys.cookie app.mode: hash -> learn"),
+    ("affinity.keys.1.header", ["X-Key", "X-Sid"], "affinity.keys.header X-Key.header: X-Sid added"),
+    ("affinity.keys.1.header_pattern", "a: (.*)", "affinity.keys.header X-Key.header_pattern: (a) -> 'a: (.*)'"),
+    ("affinity.keys.2.query", ["sid", "a[]"], "affinity.keys.k.query: a[] added"),
+    ("affinity.keys.2.path", "/a/{id}", "affinity.keys.k.path: /a/{id} added"),
+    ("affinity.keys.2.cookie", "app", "affinity.keys.k.cookie: app added"),
+    ("affinity.keys.2.member", ["é"], "affinity.keys.k.member: é added"),
+    ("affinity.keys.2.on", ["/", "/x?"], "affinity.keys.k.on: /x? added"),
+    ("affinity.keys.2.idle", "2m", "affinity.keys.k.idle: 1d -> 2m"),
+    ("affinity.keys.2.learn.0.json", "sid", "affinity.keys.k.learn.response.json: id -> sid"),
+    ("affinity.keys.2.learn.1.pattern", "(.): b", "affinity.keys.k.learn.request.pattern: a(b) -> '(.): b'"),
+    ("affinity.keys.2.learn.1.on", ["/x"], "affinity.keys.k.learn.request.on: /x added"),
+    ("affinity.keys.2.learn.1.given", "A: b", "affinity.keys.k.learn.request.given: null -> 'A: b'"),
+    ("affinity.keys.2.learn.1.within", "1MiB", "affinity.keys.k.learn.request.within: 4KiB -> 1MiB"),
+    ("affinity.keys.2.gone.status", 410, "affinity.keys.k.gone.status: 400 -> 410"),
+    ("affinity.keys.2.gone.content_type", "a/b",
+     "affinity.keys.k.gone.content_type: text/plain; charset=utf-8 -> a/b"),
+    ("affinity.keys.2.gone.body", "x: y", "affinity.keys.k.gone.body: '' -> 'x: y'"),
+    ("affinity.max_keys", 1, "affinity.max_keys: 65536 -> 1"),
     ("affinity.max_idle", "1h", "affinity.max_idle: null -> 1h"),
     ("affinity.max_life", "1500ms", "affinity.max_life: null -> 1500ms"),
     ("affinity.session_idle", 0, "affinity.session_idle: 5m -> 0s"),
@@ -94,6 +135,15 @@ _ROWS: list[tuple[str, object, str]] = [
     (f"{_PROBE}.rise", 1, f"{_PROBE}.rise: 2 -> 1"),
     (f"{_PROBE}.fall", 1, f"{_PROBE}.fall: 3 -> 1"),
     (f"{_PROBE}.jitter", 0, f"{_PROBE}.jitter: 10 -> 0"),
+    ("routes.0.cluster", "default", "routes.shop.example.org/tool.cluster: shop -> default"),
+    ("routes.0.strip_prefix", True, "routes.shop.example.org/tool.strip_prefix: false -> true"),
+    ("routes.0.cookie.path", "/tool", f"{_COOKIE}.path: null -> /tool"),
+    ("routes.0.cookie.domain", "example.org", f"{_COOKIE}.domain: null -> example.org"),
+    ("routes.0.cookie.max_age", "1h", f"{_COOKIE}.max_age: null -> 1h"),
+    ("routes.0.cookie.http_only", False, f"{_COOKIE}.http_only: true -> false"),
+    ("routes.0.cookie.same_site", "none", f"{_COOKIE}.same_site: null -> none"),
+    ("routes.0.cookie.secure", True, f"{_COOKIE}.secure: null -> true"),
+    ("routes.0.cookie.partitioned", True, f"{_COOKIE}.partitioned: null -> true"),
     ("admin.address", "[::1]:9090", "admin.address: 127.0.0.1:9090 -> '[::1]:9090'"),
     ("admin.token", "second-token-0123456789", "admin.token: changed"),
     ("trusted_proxies", ["10.0.0.0/8", "::1", "unix"], "trusted_proxies: ::1/128 added"),
@@ -163,6 +213,23 @@ _RUN_ROWS: list[tuple[str, object, str]] = [
 ]  # fmt: skip
 
 
+def _with_cluster(table: list[tuple[str, object, str]]) -> list[tuple[str, object, str]]:
+    """Return the rows with those of a cluster, which are like those at the top of the file, in front of `routes`."""
+    at = next(number for number, row in enumerate(table) if row[0].startswith("routes."))
+    # What no two clusters may have.
+    other: dict[str, tuple[object, str]] = {
+        "upstreams.0.url": ("https://[::2]", "upstreams.shop-1.url: https://b:1 -> https://[::2]:443"),
+        "affinity.cookie.name": ("pin-2", "affinity.cookie.name: null -> pin-2"),
+    }
+    of_cluster = []
+    for path, value, line in table:
+        key = path.removeprefix("affinity.")
+        if path.startswith(("upstreams.", "affinity.", "health.")) and key not in OF_THE_PROXY:
+            value_, line_ = other.get(path, (value, line.replace("app-1", "shop-1").replace("8002", "8102")))
+            of_cluster.append((f"clusters.shop.{path}", value_, f"clusters.shop.{line_}"))
+    return [*table[:at], *of_cluster, *table[at:]]
+
+
 def _rows(table: Iterable[tuple[str, object, str]]) -> list[Row]:
     return [
         Row(tuple(int(key) if key.isdigit() else key for key in path.split(".")), value, line)
@@ -170,7 +237,7 @@ def _rows(table: Iterable[tuple[str, object, str]]) -> list[Row]:
     ]
 
 
-ROWS = _rows(_ROWS)
+ROWS = _rows(_with_cluster(_ROWS))
 RUN_ROWS = _rows(_RUN_ROWS)
 
 

@@ -33,7 +33,7 @@ def test_the_defaults() -> None:
 
 def test_the_defaults_of_the_cookie() -> None:
     cookie = Cookie()
-    assert (cookie.name, cookie.path, cookie.domain, cookie.max_age_s) == ("stickyproxy", "/", None, None)
+    assert (cookie.name, cookie.path, cookie.domain, cookie.max_age_s) == (None, "/", None, None)
     assert (cookie.http_only, cookie.same_site, cookie.secure, cookie.partitioned) == (True, "lax", "auto", False)
 
 

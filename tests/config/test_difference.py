@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stickyproxy.config.cluster import OF_THE_PROXY
 from stickyproxy.config.difference import Change, find_changes, find_unreloadable
 from stickyproxy.config.fields import Section
 from stickyproxy.config.load import load_text
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines of CI stall
 BASE = load_text(TEXT, {})
 RUN_BASE = load_text(RUN_TEXT, {})
-NAMES = {"listeners.address", "listeners.tls.certificates.certificate", "upstreams.id"}
+KEY_NAMES = ("keys.name", "keys.learn.header", "keys.learn.cookie", "keys.learn.in")
+NAMES = {
+    "listeners.address",
+    "listeners.tls.certificates.certificate",
+    "upstreams.id",
+    "clusters.upstreams.id",
+    "routes.host",
+    "routes.path",
+    *(f"{section}.{key}" for section in ("affinity", "clusters.affinity") for key in KEY_NAMES),
+}
+NOT_OF_CLUSTERS = {f"clusters.affinity.{key}" for key in OF_THE_PROXY}
 
 
 def lines(before: str | Config, after: str | Config) -> list[str]:
@@ -43,9 +54,10 @@ def leaves(section: type[Section], path: tuple[str, ...] = ()) -> Iterable[str]:
 def test_every_key_of_the_schema_has_a_row() -> None:
     """A new key is told of when it changes, and in the right words, or this fails."""
     rows, run_rows = (
-        [".".join(key for key in row.path if isinstance(key, str)) for row in table] for table in (ROWS, RUN_ROWS)
+        [".".join(key for key in row.path if isinstance(key, str) and key != "shop") for row in table]
+        for table in (ROWS, RUN_ROWS)
     )
-    found = [leaf for leaf in leaves(Config) if leaf not in NAMES]
+    found = [leaf for leaf in leaves(Config) if leaf not in NAMES | NOT_OF_CLUSTERS]
     assert [leaf for leaf in found if not leaf.startswith("run.")] == rows
     assert [leaf for leaf in found if leaf.startswith("run.")] == run_rows
 
@@ -135,25 +147,71 @@ def test_processes_are_told_as_the_file_has_them(before: str, after: str, expect
     assert lines(form.format(before), form.format(after)) == expected
 
 
+def lines_without_details(before: str, after: str) -> list[str]:
+    return [line.partition(" (")[0] for line in lines(before, after)]
+
+
 def test_a_preset_is_told_with_what_it_brings() -> None:
     form = "{{presets: {}, run: {{command: app}}}}"
-    assert lines(form.format("[]"), form.format("chainlit")) == [
+    assert lines_without_details(form.format("[]"), form.format("chainlit")) == [
         "presets: chainlit added",
         "run.env: CHAINLIT_HOST added",
         "run.env: CHAINLIT_PORT added",
         "run.ready.path: null -> /health",
+        *["affinity.keys: Chainlit session added", "affinity.keys: Engine.IO sid added"],
         "health.probe.path: null -> /health",
     ]
-    assert lines(form.format("[panel]"), form.format("engineio")) == [
+    assert lines_without_details(form.format("[panel]"), form.format("engineio")) == [
         "presets: panel removed",
         "presets: engineio added",
         "run.env: BOKEH_ALLOW_WS_ORIGIN removed",
+        *["affinity.keys: Bokeh session removed", "affinity.keys: Engine.IO sid added"],
         "websocket.origins: [same-host] -> null",
     ]
     assert lines("presets: [panel, gradio]", "presets: [gradio, panel]") == [
         "presets: in another order",
+        "affinity.keys: in another order",
         "health.probe.path: /gradio_api/app_id -> null",
     ]
+
+
+KEY = "{name: k, mode: learn, query: sid, learn: [{in: response, json: id}]}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (KEY, KEY, []),
+        ("", KEY, ["affinity.keys: k added (mode: learn, query: [sid], learn: [{in: response, json: id}])"]),
+        (KEY, "", ["affinity.keys: k removed"]),
+        (KEY, KEY.replace("name: k", "name: l"), [
+            "affinity.keys: k removed",
+            "affinity.keys: l added (mode: learn, query: [sid], learn: [{in: response, json: id}])",
+        ]),
+        (KEY, KEY.replace("{in: response, json: id}", "{header: X}"), [
+            "affinity.keys.k.learn: response removed",
+            "affinity.keys.k.learn: X added (header: X)",
+        ]),
+        (KEY, KEY.replace("sid,", "[a, sid], gone: {},"), [
+            "affinity.keys.k.query: a added",
+            "affinity.keys.k.gone: null -> {}",
+        ]),
+        ("{mode: hash, query: a}, " + KEY, KEY + ", {mode: hash, query: a}", ["affinity.keys: in another order"]),
+        ("{mode: hash, query: a}, {mode: hash, query: a}", "{mode: hash, query: a}", [
+            "affinity.keys: query a removed",
+        ]),
+    ],
+)  # fmt: skip
+def test_keys_are_matched_by_name(before: str, after: str, expected: list[str]) -> None:
+    form = "affinity: {{keys: [{}]}}"
+    assert lines(form.format(before), form.format(after)) == expected
+
+
+def test_the_room_for_keys_is_taken_at_the_start() -> None:
+    (found,) = find_unreloadable(load_text("", {}), load_text("affinity: {max_keys: 9, keys: [" + KEY + "]}", {}))
+    assert str(found) == (
+        "affinity.max_keys: 65536 -> 9; the room for keys is taken once, at the start: restart the proxy"
+    )
 
 
 def test_a_command_is_told_as_one_text() -> None:
@@ -313,8 +371,11 @@ def test_a_reload_neither_begins_nor_ends_to_run_the_app() -> None:
     assert [one.change.path for one in (*begins, *ends)] == [("run",), ("run",)]
 
 
+STAYS = [("affinity", "max_keys"), ("control",), ("hand_over",)]
+
+
 def test_everything_else_can_be_reloaded() -> None:
-    rest = [row for row in ROWS if row.path not in {("control",), ("hand_over",)}]
-    assert len(rest) == len(ROWS) - 2
+    rest = [row for row in ROWS if row.path not in STAYS]
+    assert len(rest) == len(ROWS) - 3
     assert find_unreloadable(BASE, config_with(rest)) == ()
-    assert [one.change.path for one in find_unreloadable(BASE, config_with(ROWS))] == [("control",), ("hand_over",)]
+    assert [one.change.path for one in find_unreloadable(BASE, config_with(ROWS))] == STAYS

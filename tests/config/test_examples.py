@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stickyproxy.config.cluster import ClusterAffinity
 from stickyproxy.config.document import read_document
 from stickyproxy.config.load import json_schema, load_file, load_text
 from stickyproxy.config.run import Run, read_command
@@ -18,6 +19,7 @@ from stickyproxy.config.websocket import Ping
 EXAMPLES = Path(__file__).parents[2] / "config"
 COMMENTED = EXAMPLES / "stickyproxy.yaml"
 RUN = EXAMPLES / "run.yaml"  # the one section that does not go with upstreams
+ROUTES = EXAMPLES / "routes.yaml"
 
 ENV = {"STICKYPROXY_SECRET": "s" * 32, "STICKYPROXY_ADMIN_TOKEN": "t" * 16}
 
@@ -45,6 +47,28 @@ def test_the_values_of_the_example_of_run_are_the_defaults() -> None:
     assert config.model_copy(update={"run": None}) == Config()
 
 
+def test_the_values_of_a_cluster_in_the_example_of_routes_are_the_defaults() -> None:
+    config = load_file(ROUTES, {})
+    assert [one.name for one in config.every_cluster] == ["default", "chat", "shop"]
+    shop = config.every_cluster[2]
+    assert shop.affinity == ClusterAffinity()
+    assert shop.health == Config().health
+    assert {upstream.weight for upstream in shop.upstreams} == {1}
+    assert [route.place for route in config.routes] == ["shop.example.org/tool", "*.example.org", "/chat"]
+    assert config.model_copy(update={"upstreams": (), "clusters": (), "routes": ()}) == Config()
+
+
+def test_every_line_to_uncomment_in_the_example_of_routes_loads() -> None:
+    default = load_file(ROUTES, {})
+    texts = uncommented_examples(ROUTES)
+    for text in texts:
+        needs_path = re.search(r"^ +expect:", text, re.MULTILINE)
+        assert (
+            load_text(text.replace("path: null\n        ", "path: /x\n        ") if needs_path else text, {}) != default
+        )
+    assert len(texts) == 4
+
+
 def known_paths(schema: dict[str, Any], model: dict[str, Any], path: str = "") -> list[str]:
     found = []
     for key, field in model["properties"].items():
@@ -70,7 +94,7 @@ def uncommented_examples(path: Path = COMMENTED) -> list[str]:
             kept = [
                 other
                 for position, other in enumerate(lines)
-                if match[2] == "-" or not (abs(position - number) <= 2 and other.startswith(key))
+                if match[2] == "-" or not (abs(position - number) <= 14 and other.startswith(key))
             ]
             kept[kept.index(line)] = line.replace("#", "", 1)
             texts.append("\n".join(kept))
@@ -83,7 +107,7 @@ def test_every_line_to_uncomment_loads() -> None:
     for text in texts:
         complete = text.replace("path: null", "path: /healthz") if text in expect else text
         assert load_text(complete, ENV) != Config()
-    assert len(texts) == 18
+    assert len(texts) == 23
     assert len(expect) == 1
 
 
@@ -99,7 +123,10 @@ def test_every_line_to_uncomment_in_the_example_of_run_loads() -> None:
 
 
 def test_every_key_is_mentioned() -> None:
-    mentioned = set().union(*map(mentioned_paths, [*uncommented_examples(), *uncommented_examples(RUN)]))
+    texts = [text for path in (COMMENTED, RUN, ROUTES) for text in uncommented_examples(path)]
+    mentioned = {path.replace("clusters.shop", "clusters") for path in set().union(*map(mentioned_paths, texts))}
+    # What a cluster has is said at the top of the file.
+    mentioned |= {f"clusters.{path}" for path in mentioned if path.startswith(("upstreams", "affinity", "health"))}
     schema = json_schema()
     assert [path for path in known_paths(schema, schema) if path not in mentioned] == []
 

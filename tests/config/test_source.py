@@ -120,7 +120,7 @@ def test_the_mistakes_of_the_command_line_name_its_options() -> None:
         ConfigSource(workers="many").load({})
     with pytest.raises(ConfigErrors, match=r"^--processes: expected a whole number from 1 to 256, got 10000$"):
         ConfigSource(command=("a",), processes=10_000).load({})
-    with pytest.raises(ConfigErrors, match=r"^--preset: there is no preset 'nope'; there are chainlit, "):
+    with pytest.raises(ConfigErrors, match=r"^--preset: there is no preset 'nope'; there are auto, chainlit, "):
         ConfigSource(command=("a",), presets=("panel", "nope")).load({})
     with pytest.raises(ConfigErrors, match=r"^COMMAND: unknown placeholder '\{prot\}'"):
         ConfigSource(command=("a", "{prot}"), presets=("panel",)).load({})

@@ -14,6 +14,7 @@ from stickyproxy.config import fields
 from stickyproxy.config.address import parse_listener, parse_upstream_url
 from stickyproxy.config.fields import OrFalse, Section
 from stickyproxy.config.health import StatusRange
+from stickyproxy.config.keys import AffinityKey, KeyLesson
 from stickyproxy.config.listener import Listener
 from stickyproxy.config.load import load_text
 from stickyproxy.config.run import Command, PortRange, Processes, Run
@@ -130,7 +131,8 @@ def secrets_of(section: type[Section]) -> list[str]:
     return [name for name, field in known.items() if is_secret(field)]
 
 
-PUBLIC_ROWS = [row for row in ROWS if row.path not in {("affinity", "secrets"), ("admin", "token")}]
+NOT_AS_THEY_ARE = {("affinity", "secrets"), ("admin", "token"), ("presets",)}  # presets bring keys when they are read
+PUBLIC_ROWS = [row for row in ROWS if row.path not in NOT_AS_THEY_ARE]
 SOME_ROWS = st.sets(st.sampled_from(range(len(PUBLIC_ROWS)))).map(
     lambda found: [PUBLIC_ROWS[number] for number in found]
 )
@@ -224,6 +226,15 @@ def test_what_is_a_list_in_the_file(value: object, items: object) -> None:
         (Listener.model_validate({"address": ":80", "proxy_protocol": True}), ":80", "proxy_protocol: true"),
         (Certificate.model_validate("/a.pem"), "/a.pem", ""),
         (Certificate.model_validate({"certificate": "/a.pem", "key": "/a: b"}), "/a.pem", "key: '/a: b'"),
+        (AffinityKey.model_validate({"mode": "hash", "query": "q"}), "query q", "mode: hash, query: [q]"),
+        (
+            AffinityKey.model_validate({"name": "k", "mode": "learn", "header": "X", "idle": "1h"}),
+            "k",
+            "mode: learn, header: [X], idle: 1h",
+        ),
+        (KeyLesson.model_validate({"in": "request", "json": "a: b"}), "request", "in: request, json: 'a: b'"),
+        (KeyLesson.model_validate({"header": "X"}), "X", "header: X"),
+        (KeyLesson.model_validate({"cookie": "c"}), "c", "cookie: c"),
         (StatusRange(200, 200), "200", ""),
         (StatusRange(200, 399), "200-399", ""),
         (read_trusted_proxies(["::1"]).networks[0], "::1/128", ""),

@@ -37,13 +37,13 @@ class Replaced:
         self.asked = 0
 
     def publish(self, *, is_closing: bool, has_new: bool = True) -> None:
-        before, endpoints = self.worker.plane.snapshot, self.worker._endpoints
+        before, endpoints = self.worker.plane.default.snapshot, self.worker._endpoints
         states = tuple(
             replace(one, is_closing=is_closing and one.id == "old")
             for one in before.upstreams
             if has_new or one.id == "old"
         )
-        self.worker.publish(Snapshot(before.cluster, states, before.rules), endpoints)
+        self.worker.publish([Snapshot(before.cluster, states, before.rules)], endpoints)
 
     async def open(self, cookie: str) -> "Client":
         client = await PlainClient.connect(self.port)

@@ -3,11 +3,14 @@
 import asyncio
 import itertools
 import logging
+import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,10 +19,12 @@ from stickyproxy.config import Address, Upstream
 from stickyproxy.control import fleet as fleet_module
 from stickyproxy.control.channel import Channel, Message
 from stickyproxy.control.fleet import Fleet, Orders
+from stickyproxy.control.inheritance import Inheritance
 from stickyproxy.control.worker_link import Program, WorkerLink, start_process
 from stickyproxy.errors import UsageError
 from stickyproxy.observe import removed as removed_module
-from stickyproxy.observe.table import sum_readings
+from stickyproxy.observe.table import make_memory, sum_readings
+from stickyproxy.proxy.key_table import KeyTable
 from tests.helpers.fleet import Apps, Running, sections, started, two_apps
 from tests.helpers.plain_client import AbortedError, PlainClient, ask
 from tests.helpers.supervised import (
@@ -199,13 +204,13 @@ async def test_what_was_counted_for_an_upstream_that_was_removed_stays_for_some_
         def count() -> int:
             return sum(sum_readings([link.table.read() for link in fleet], fleet.totals).upstream(digest).exchanges)
 
-        assert count() == 10
+        await until(lambda: count() == 10, "the last is counted, too")
         for name in ("a", "b"):
             routing.set_admin_state(name, AdminState.READY)
         routing.remove_process("g1-1")
         await fleet.published()
         loop = asyncio.get_running_loop()
-        assert fleet.removed.ids(loop.time()) == ["g1-1"]
+        assert list(fleet.removed.clusters(loop.time())) == ["g1-1"]
         for link in tuple(fleet.links):
             kill(link.process_id)
             await running_.replaced(link)
@@ -216,7 +221,7 @@ async def test_what_was_counted_for_an_upstream_that_was_removed_stays_for_some_
         monkeypatch.setattr(removed_module, "KEPT_S", 0.0)
         routing.set_admin_state("a", AdminState.READY)
         await fleet.published()
-        assert (count(), fleet.removed.ids(loop.time())) == (0, [])
+        assert (count(), list(fleet.removed.clusters(loop.time()))) == (0, [])
 
 
 # App processes that are closed
@@ -651,3 +656,79 @@ async def wait_for_metric(admin: Address, name: str, is_right: Callable[[float],
         while not is_right(value := await read_metric(admin, name)):  # noqa: ASYNC110 -- it is looked at from outside
             await asyncio.sleep(0.01)
     return value
+
+
+# Keys
+
+
+async def test_what_one_worker_has_learned_all_find_and_those_that_come_later(apps: Apps) -> None:
+    digest = upstream_digest("a")
+    keys = [{"name": "id", "mode": "learn", "query": "id", "learn": [{"header": "X-Never"}]}]
+    affinity = {"secrets": [SECRET], "policy": "round_robin", "cookie": False, "keys": keys}
+    made = Running(load(**sections(apps, affinity=affinity)), 2)
+    try:
+        await made.fleet.start()
+        await made.fleet.accept()
+        await made.fleet.published()
+        made.fleet.keys.learn(b"id\0one", digest, 1000.0, time.monotonic())
+
+        async def ask_all() -> set[bytes]:
+            return {(await ask(made.port, "/?id=one")).body for _ in range(20)}
+
+        assert await ask_all() == {b"a"}
+        assert {(await ask(made.port, "/?id=other")).body for _ in range(20)} == {b"a", b"b"}, "the control"
+        for link in list(made.fleet.links):
+            kill(link.process_id)
+            await made.replaced(link)
+        await made.fleet.published()
+        assert await ask_all() == {b"a"}
+    finally:
+        await made.fleet.close()
+        made.fleet.board.close()
+        made.fleet.keys.close()
+        made.link.close()
+
+
+async def test_the_keys_of_a_former_image_are_gone_on_with(apps: Apps) -> None:
+    made = Running(load(**sections(apps)), 1)
+    former = KeyTable.create(77)
+    former.learn(b"id\0one", upstream_digest("a"), 1000.0, time.monotonic())
+    descriptor = os.dup(former.descriptor)
+    os.set_inheritable(descriptor, True)
+    made.fleet.adopt(Inheritance(load(), (), keys=descriptor))
+    assert made.fleet.keys.find(b"id\0one", time.monotonic()) == upstream_digest("a")
+    assert made.fleet.keys.max_keys == 77
+    assert not os.get_inheritable(descriptor)
+    former.close()
+    made.fleet.keys.close()
+    made.fleet.board.close()
+    made.link.close()
+
+
+async def test_memory_of_a_former_image_that_cannot_be_read_is_given_up_with_a_word(
+    apps: Apps, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Running(load(**sections(apps)), 1)
+    own, descriptor = made.fleet.keys, make_memory("test")
+    made.fleet.adopt(Inheritance(load(), (), keys=descriptor))
+    assert made.fleet.keys is own
+    assert "the keys that were learned are lost: the memory holds no table of keys" in caplog.text
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    made.fleet.keys.close()
+    made.fleet.board.close()
+    made.link.close()
+
+
+async def test_a_worker_that_cannot_share_the_keys_keeps_its_own_and_serves(
+    apps: Apps, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(apps, workers=1) as running_:
+        other = make_memory("test")
+        own = running_.fleet.keys
+        running_.fleet.keys = cast("KeyTable", SimpleNamespace(descriptor=other))
+        await running_.fleet._share_keys(running_.fleet.links[0])
+        assert "keeps its keys to itself: the memory holds no table of keys" in caplog.text
+        assert await running_.ask(4) == {"a", "b"}
+        running_.fleet.keys = own
+        os.close(other)

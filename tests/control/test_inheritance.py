@@ -44,6 +44,7 @@ def make(**more: Any) -> Inheritance:
         lent=(UNIX,),
         private={"control": 12, "hand_over": 13},
         board=14,
+        keys=15,
         routing={"admin": {"a": "drain"}},
         totals={"plane": [1, 2]},
         counts={"restarts": 3},
@@ -74,10 +75,10 @@ def test_what_another_version_adds_is_ignored_and_what_it_lacks_is_the_default()
     raw = as_json(make())
     raw["colour"] = raw["serving"][0]["colour"] = "blue"
     assert Inheritance.from_json(raw, {}) == make()
-    for name in ("lent", "private", "board", "routing", "totals", "counts", "serving", "leaving"):
+    for name in ("lent", "private", "board", "keys", "routing", "totals", "counts", "serving", "leaving"):
         del raw[name]
     read = Inheritance.from_json(raw, {})
-    assert (read.lent, read.private, read.board, read.serving, read.leaving) == ((), {}, None, (), ())
+    assert (read.lent, read.private, read.board, read.keys, read.serving, read.leaving) == ((), {}, None, None, (), ())
     for name in ("version", "received", "is_retiring"):
         worker = WORKERS[1].to_json()
         del worker[name]
@@ -100,6 +101,7 @@ def test_another_protocol_is_refused_by_name(protocol: object) -> None:
         {"sockets": [{"address": {"host": "", "port": 1, "path": ""}, "descriptor": "x"}]},
         {"private": []},
         {"board": "x"},
+        {"keys": "x"},
         {"routing": 5},
         {"serving": [{}]},
         {"serving": [7]},
@@ -119,7 +121,7 @@ def test_what_is_no_object_is_refused(raw: object) -> None:
 
 
 def test_all_descriptors_stay_open() -> None:
-    assert sorted(make().descriptors()) == [10, 11, 12, 13, 14, 20, 21, 22, 23]
+    assert sorted(make().descriptors()) == [10, 11, 12, 13, 14, 15, 20, 21, 22, 23]
     assert Inheritance(load(), ()).descriptors() == []
 
 

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from stickyproxy.affinity.snapshot import AdminState, Health, OnUnavailable, Policy, Rules, Snapshot, Upstream
 from stickyproxy.config import Address
-from stickyproxy.control.messages import read_address, read_snapshot, write_address, write_snapshot
+from stickyproxy.control.messages import (
+    read_address,
+    read_snapshot,
+    read_snapshots,
+    write_address,
+    write_snapshot,
+    write_snapshots,
+)
 from stickyproxy.errors import ChannelError
 from stickyproxy.proxy.endpoint import Endpoint
 
@@ -222,3 +229,18 @@ def test_the_digest_is_made_here() -> None:
     """What selects an upstream in a token is never taken from another process."""
     snapshot, _ = read_snapshot(as_json(write_snapshot(SNAPSHOT, PLAIN)), {})
     assert snapshot.upstreams[0].digest == replace(SNAPSHOT.upstreams[0]).digest
+
+
+def test_the_snapshots_of_all_clusters_are_read_as_they_were_written() -> None:
+    other = Snapshot("shop", (Upstream("s"),), Rules())
+    endpoints = PLAIN | {"s": Endpoint(Address("127.0.0.1", 8101))}
+    snapshots, found = read_snapshots(as_json(write_snapshots([SNAPSHOT, other], endpoints)), {})
+    assert [one.cluster for one in snapshots] == [SNAPSHOT.cluster, "shop"]
+    assert [one.upstreams for one in snapshots] == [SNAPSHOT.upstreams, other.upstreams]
+    assert found == endpoints
+
+
+@pytest.mark.parametrize("raw", [None, {}, "x", [1], [{}]])
+def test_what_is_no_list_of_snapshots_is_refused(raw: Any) -> None:
+    with pytest.raises(ChannelError):
+        read_snapshots(raw, {})

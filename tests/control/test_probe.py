@@ -119,7 +119,7 @@ class Bench:
         self.routing.report = note  # type: ignore[method-assign]
         if urls:
             self.renew(ip=ip, tls=tls)
-        self.prober = Prober(config.health, self.routing)
+        self.prober = Prober(self.routing)
         self.prober.start()
 
     def renew(self, **what: Any) -> None:
@@ -556,10 +556,10 @@ def test_the_interval_varies_within_the_jitter(jitter: int, low: float, high: fl
     config = Config.model_validate(
         {"health": {"probe": {"interval": "10s", "jitter": jitter}}, "upstreams": ["http://127.0.0.1:1"]}
     )
-    prober = Prober(config.health, Routing(config, lambda *_: None))
+    prober = Prober(Routing(config, lambda *_: None))
     for end, expected in ((0, low), (1, high)):
         prober._uniform = lambda *bounds, end=end: bounds[end]
-        assert prober._pause_s() == pytest.approx(expected)
+        assert prober._pause_s(config.health.probe) == pytest.approx(expected)
 
 
 # Another prober in its place
@@ -577,7 +577,7 @@ async def test_another_prober_counts_on_and_probes_what_was_added(bench: Bench) 
         }
     )
     bench.routing.reload(config, {})
-    bench.prober = Prober(config.health, bench.routing, former.counters)
+    bench.prober = Prober(bench.routing, former.counters)
     await former.stop()
     passed = bench.outcomes()["passed"]
     bench.prober.start()
@@ -716,7 +716,7 @@ async def test_a_prober_that_was_stopped_follows_no_more_and_another_takes_its_p
     bench.routing.add_process(process(app.url))
     bench.routing.add_process(process(other.url, "g1-2"))
     await until(lambda: bench.outcomes("g1-1") and bench.outcomes("g1-2"))
-    former, bench.prober = bench.prober, Prober(Config.model_validate({}).health, bench.routing, bench.prober.counters)
+    former, bench.prober = bench.prober, Prober(bench.routing, bench.prober.counters)
     await former.stop()
     bench.routing.remove_process("g1-2")
     former.follow()

@@ -33,6 +33,9 @@ from stickyproxy.observe.counters import (
     IDLE_CONNECTIONS,
     IN_FLIGHT,
     IS_ACCEPTING,
+    KEY_CONFLICTS,
+    KEYS_EVICTED,
+    KEYS_LEARNED,
     TICKED_AT,
     TUNNELS_OPEN,
     UPSTREAM,
@@ -247,6 +250,7 @@ async def test_the_numbers_of_the_planes_are_added_up(proxy: Proxy) -> None:
         counters.cells[HITS] = 7 * times
         counters.cells[AFFINITY[Outcome.NEW]] = times
         counters.cells[BREAKS[BreakReason.REFUSED]] = 2 * times
+        counters.cells[KEY_CONFLICTS], counters.cells[KEYS_LEARNED], counters.cells[KEYS_EVICTED] = times, 5, 4 * times
         counters.cells[CONNECTIONS] = 9 * times
         counters.cells[DOWNSTREAMS] = times
         counters.cells[HANDED["tunnels"]] = times
@@ -257,6 +261,7 @@ async def test_the_numbers_of_the_planes_are_added_up(proxy: Proxy) -> None:
     numbers = proxy.readings.take_numbers()
     assert numbers.version == __version__
     assert numbers.affinity == {"hit": 21, "new": 3}
+    assert (numbers.key_conflicts, numbers.keys_learned, numbers.keys_evicted) == (3, 10, 12)
     assert numbers.breaks == {"refused": 6}
     assert (numbers.downstream_connections, numbers.downstream_connections_total) == (3, 27)
     assert sum(numbers.none["default"].exchanges) == 2
@@ -358,7 +363,7 @@ async def test_what_was_counted_for_an_upstream_that_was_removed_is_there(proxy:
     proxy.routing.reload(proxy.config.model_copy(update={"upstreams": upstreams[:1]}), {})
     proxy.routing.drop(["app-2"])
     now = asyncio.get_running_loop().time()
-    proxy.fleet.removed.note(["app-1", "app-2"], ["app-1"], now)
+    proxy.fleet.removed.note({"app-1": "default", "app-2": "default"}, ["app-1"], now)
     taken = proxy.readings.take_numbers()
     [removed] = taken.removed
     assert [one.id for one in taken.upstreams] == ["app-1"]
@@ -408,3 +413,11 @@ def test_the_lag_is_how_late_a_timer_fires(frozen_loop: SimpleNamespace, fires_a
     call(*given)
     assert lag.histogram.total_s == pytest.approx(lag_s)
     assert len(frozen_loop.timers) == 2
+
+
+async def test_the_keys_that_are_remembered_are_counted_when_it_is_asked_for(proxy: Proxy) -> None:
+    numbers = proxy.readings.take_numbers()
+    assert numbers.count_keys() == 0
+    for name in (b"1", b"2"):
+        proxy.fleet.keys.learn(name, b"12345678", 100.0, time.monotonic())
+    assert numbers.count_keys() == 2

@@ -333,7 +333,7 @@ async def test_an_upstream_begins_to_speak_tls(tmp_path: Path, apps: Apps) -> No
 
 async def test_the_policy_is_another(proxy: Proxy) -> None:
     assert await proxy.reload(**affinity(policy="least_sessions")) == ["affinity.policy: round_robin -> least_sessions"]
-    assert proxy.supervisor.routing.snapshot.rules.policy == "least_sessions"
+    assert proxy.supervisor.routing.snapshots["default"].rules.policy == "least_sessions"
     assert await proxy.ask_all() == {"a", "b"}
 
 

@@ -10,7 +10,7 @@ import pytest
 from stickyproxy.affinity.health import HealthEvent, Observed
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot
 from stickyproxy.config import Address, Config, Upstream, load_text
-from stickyproxy.control.routing import CLUSTER, Routing
+from stickyproxy.control.routing import Routing
 from stickyproxy.proxy.endpoint import Endpoint
 
 TWO = """
@@ -33,8 +33,9 @@ class Published:
         self.snapshots: list[Snapshot] = []
         self.endpoints: dict[str, Endpoint] = {}
 
-    def __call__(self, snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
-        self.snapshots.append(snapshot)
+    def __call__(self, snapshots: tuple[Snapshot, ...], endpoints: Mapping[str, Endpoint]) -> None:
+        self.all = {one.cluster: one for one in snapshots}
+        self.snapshots.append(snapshots[0])
         self.endpoints = dict(endpoints)
 
     @property
@@ -53,12 +54,12 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
 
 def test_the_first_snapshot_is_published_at_once() -> None:
     routing, published = make()
-    assert published.snapshots == [routing.snapshot]
+    assert published.snapshots == [routing.snapshots["default"]]
     a, b = Address("127.0.0.1", 8001), Address(path="/run/b.sock")
     assert published.endpoints == {"a": Endpoint(a), "b": Endpoint(b)}
     assert routing.addresses == {"a": a, "b": b}
-    assert routing.snapshot.cluster == CLUSTER
-    facts = [(one.id, one.weight, one.admin, one.health, one.is_refused) for one in routing.snapshot.upstreams]
+    assert routing.snapshots["default"].cluster == "default"
+    facts = [(one.id, one.weight, one.admin, one.health, one.is_refused) for one in routing.upstreams]
     assert facts == [
         ("a", 3, AdminState.READY, Health.UNKNOWN, False),
         ("b", 1, AdminState.READY, Health.UNKNOWN, False),
@@ -77,14 +78,14 @@ def test_the_first_snapshot_is_published_at_once() -> None:
 )
 def test_the_rules_are_those_of_the_file(text: str, rules: Rules) -> None:
     routing, _ = make(TWO + text)
-    assert routing.snapshot.rules == rules
+    assert routing.snapshots["default"].rules == rules
 
 
 def test_a_snapshot_never_changes() -> None:
     routing, published = make()
-    before = routing.snapshot
+    before = routing.snapshots["default"]
     routing.report("a", REFUSED)
-    assert routing.snapshot is published.last is not before
+    assert routing.snapshots["default"] is published.last is not before
     assert not before.upstreams[0].is_refused
     assert published.last.upstreams[0].is_refused
     assert published.last.upstreams[1] == before.upstreams[1]
@@ -153,15 +154,15 @@ def test_what_publish_reports_in_turn_is_not_lost() -> None:
     published = Published()
     routing: Routing
 
-    def publish(snapshot: Snapshot, endpoints: Mapping[str, Endpoint]) -> None:
-        published(snapshot, endpoints)
+    def publish(snapshots: tuple[Snapshot, ...], endpoints: Mapping[str, Endpoint]) -> None:
+        published(snapshots, endpoints)
         if len(published.snapshots) == 2:
             routing.report("b", REFUSED)
 
     routing = Routing(load_text(TWO, {}), publish)
     routing.report("a", REFUSED)
     assert [one.is_refused for one in published.last.upstreams] == [True, True]
-    assert routing.snapshot is published.last
+    assert routing.snapshots["default"] is published.last
 
 
 NAMED = """
@@ -186,12 +187,12 @@ def test_endpoints_have_the_tls_of_their_upstreams() -> None:
 
 def test_what_names_stand_for_is_published_with_the_same_snapshot() -> None:
     routing, published = make(NAMED)
-    before = routing.snapshot
+    before = routing.snapshots["default"]
     routing.report("a", REFUSED)
     routing.resolve({"a": "10.0.0.8", "c": "10.0.0.9"})
     assert [published.endpoints[one].ip for one in ("a", "b", "c")] == ["10.0.0.8", "", "10.0.0.9"]
     assert published.endpoints["a"].address == Address("app.internal", 8443, is_tls=True)
-    assert published.last is routing.snapshot is not before
+    assert published.last is routing.snapshots["default"] is not before
     routing.resolve({"a": "10.0.0.10"})
     assert [published.endpoints[one].ip for one in ("a", "b", "c")] == ["10.0.0.10", "", "10.0.0.9"]
     assert len(published.snapshots) == 4
@@ -305,7 +306,7 @@ def app_process(upstream_id: str = "g1-1", url: str = "http://127.0.0.1:20001", 
 def test_an_app_process_is_an_upstream_from_the_moment_it_is_added_until_it_is_removed() -> None:
     published = Published()
     routing = Routing(Config(), published)
-    assert routing.snapshot.upstreams == ()
+    assert routing.snapshots["default"].upstreams == ()
     routing.add_process(app_process())
     routing.add_process(app_process("g1-2", "http+unix:///run/apps/g1-2.sock", weight=3, max_sessions=5))
     assert list(routing.processes) == ["g1-1", "g1-2"]
@@ -562,5 +563,70 @@ def test_a_cluster_that_the_operator_emptied_is_not_called_unhealthy(caplog: pyt
 def test_no_upstreams_make_an_empty_snapshot() -> None:
     published = Published()
     routing = Routing(Config(), published)
-    assert routing.snapshot.upstreams == ()
+    assert routing.snapshots["default"].upstreams == ()
     assert published.endpoints == {}
+
+
+# Several clusters
+
+CLUSTERS = """
+upstreams: [{id: a, url: "http://127.0.0.1:8001"}]
+clusters:
+  shop:
+    upstreams: [{id: s, url: "http://127.0.0.1:8101"}, {id: t, url: "http://127.0.0.1:8102"}]
+    affinity: {policy: random, cookie: false}
+    health: {probe: {path: /healthz, fall: 1}}
+routes: [{path: /shop, cluster: shop}]
+"""
+ALONE = CLUSTERS.partition("clusters")[0]
+
+
+def test_each_cluster_has_a_snapshot_of_its_own() -> None:
+    routing, published = make(CLUSTERS)
+    assert {name: [one.id for one in snapshot.upstreams] for name, snapshot in published.all.items()} == {
+        "default": ["a"],
+        "shop": ["s", "t"],
+    }
+    rules = published.all["shop"].rules
+    assert (rules.policy, rules.has_cookie) == ("random", False)
+    assert published.all["default"].rules == Rules()
+    probe = routing.probe_of("s")
+    assert probe is not None
+    assert (probe.path, routing.probe_of("a")) == ("/healthz", Config().health.probe)
+    for upstream_id in ("a", "s"):
+        routing.report(upstream_id, FAILED)
+    assert [one.health for one in routing.upstreams] == [Health.UNKNOWN, Health.UNHEALTHY, Health.UNKNOWN]
+
+
+def test_a_cluster_that_is_taken_away_is_there_until_its_upstreams_are_gone() -> None:
+    routing, published = make(CLUSTERS)
+    rules = published.all["shop"].rules
+    routing.reload(load_text(ALONE, {}), {})
+    assert [(one.id, one.admin) for one in published.all["shop"].upstreams] == [
+        ("s", AdminState.DRAIN),
+        ("t", AdminState.DRAIN),
+    ]
+    assert published.all["shop"].rules == rules
+    exported = json.loads(json.dumps(routing.export()))
+    other, taken_over = make(ALONE)
+    other.restore(exported)
+    assert other.clusters == {"a": "default", "s": "shop", "t": "shop"}
+    assert taken_over.all["shop"].upstreams == published.all["shop"].upstreams
+    assert other.probe_of("s") == Config().health.probe
+    routing.drop(["s", "t"])
+    assert list(published.all) == ["default"]
+
+
+def test_an_upstream_that_moves_to_another_cluster_stays_what_it_is() -> None:
+    routing, published = make(CLUSTERS)
+    routing.set_admin_state("s", AdminState.DRAIN)
+    moved = CLUSTERS.replace("upstreams: [{id: a", "upstreams: [{id: s, url: 'http://127.0.0.1:8101'}, {id: a").replace(
+        '[{id: s, url: "http://127.0.0.1:8101"}, {id: t', "[{id: t"
+    )
+    routing.reload(load_text(moved, {}), {})
+    assert [(one.id, one.admin) for one in published.all["default"].upstreams] == [
+        ("s", AdminState.DRAIN),
+        ("a", AdminState.READY),
+    ]
+    assert [one.id for one in published.all["shop"].upstreams] == ["t"]
+    assert routing.leaving == {}

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Self
 
 import pytest
 
-from stickyproxy.control.secret import load_or_make_secret, state_directory
+from stickyproxy.control.secret import load_or_make_secret, load_secret, state_directory
 from stickyproxy.errors import UsageError
 
 LONG = b"s" * 32
@@ -201,3 +201,29 @@ def test_a_link_that_leads_nowhere(tmp_path: Path, link: str) -> None:
         directory.symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="a link that leads nowhere"):
         load_or_make_secret(directory)
+
+
+# Only looking
+
+
+def test_one_that_is_there_is_loaded(tmp_path: Path) -> None:
+    made = load_or_make_secret(tmp_path)
+    assert load_secret(tmp_path) == (made,)
+
+
+def test_one_is_looked_for_where_it_would_be_made(tmp_path: Path) -> None:
+    made = load_or_make_secret(state_directory(None))
+    assert (load_secret(None), load_secret(tmp_path / "elsewhere")) == ((made,), ())
+
+
+def test_looking_makes_none(tmp_path: Path) -> None:
+    assert load_secret(tmp_path / "state") == ()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_found_and_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"short")
+    with pytest.raises(UsageError, match="is too short"):
+        load_secret(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot read the secret .*: not a directory"):
+        load_secret(tmp_path / "secret")

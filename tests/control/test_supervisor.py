@@ -132,12 +132,12 @@ async def test_what_killed_proxies_left_is_removed_at_the_start(
 async def test_what_was_counted_for_a_removed_upstream_is_shown_by_another_image_too(upstream: App) -> None:
     async with running(load(upstreams=[upstream.url])) as supervisor:
         now = asyncio.get_running_loop().time()
-        supervisor.fleet.removed.note(["gone"], [], now)
+        supervisor.fleet.removed.note({"gone": "shop"}, [], now)
         written = json.loads(json.dumps(supervisor.export().to_json()))
         another = Fleet(supervisor.fleet.orders, lambda *_: None)
         another.board.close()
         another.adopt(Inheritance.from_json(written | {"board": None}, os.environ))
-        assert another.removed.ids(now) == ["gone"]
+        assert another.removed.clusters(now) == {"gone": "shop"}
 
 
 async def test_the_workers_share_one_address(upstream: App, tmp_path: Path) -> None:

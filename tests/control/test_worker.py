@@ -4,19 +4,22 @@ import asyncio
 import json
 import ssl
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
 from stickyproxy.affinity.health import HealthEvent
+from stickyproxy.affinity.keys import Found
+from stickyproxy.affinity.routes import Route
 from stickyproxy.affinity.token import Token, TokenCodec
 from stickyproxy.config import Address, Config, load_text
 from stickyproxy.control.routing import Routing
 from stickyproxy.control.worker import make_sessions, make_settings
 from stickyproxy.errors import UsageError
 from stickyproxy.proxy.listener import bind
-from stickyproxy.proxy.settings import Pings, Settings, Timeouts
+from stickyproxy.proxy.settings import ClusterSettings, Pings, Settings, Timeouts
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
 from tests.helpers.plain_client import AbortedError, PlainClient
@@ -59,7 +62,7 @@ def test_the_settings_of_no_file_are_the_defaults() -> None:
         chunk_extensions_bytes=4 * 1024,
         buffer_bytes=64 * 1024,
         idle_connections=256,
-        cookie=CookieAttributes(name="stickyproxy"),
+        clusters={"default": ClusterSettings(CookieAttributes(name="stickyproxy"))},
         trusted=(),
         trusts_unix=False,
         forwarded=False,
@@ -113,16 +116,20 @@ def test_every_setting_comes_from_the_file() -> None:
         chunk_extensions_bytes=11,
         buffer_bytes=12 * 1024,
         idle_connections=13,
-        cookie=CookieAttributes(
-            name="pin",
-            path="/app",
-            domain="example.org",
-            max_age_s=60,
-            http_only=False,
-            same_site="none",
-            secure=True,
-            partitioned=True,
-        ),
+        clusters={
+            "default": ClusterSettings(
+                CookieAttributes(
+                    name="pin",
+                    path="/app",
+                    domain="example.org",
+                    max_age_s=60,
+                    http_only=False,
+                    same_site="none",
+                    secure=True,
+                    partitioned=True,
+                )
+            )
+        },
         trusted=(ip_network("10.0.0.0/8"),),
         trusts_unix=True,
         forwarded=True,
@@ -140,7 +147,35 @@ def test_the_connections_and_origins_that_are_allowed() -> None:
 
 
 def test_without_a_cookie_there_are_no_cookie_attributes() -> None:
-    assert make_settings(load_text("affinity: {cookie: false}", {})).cookie is None
+    assert make_settings(load_text("affinity: {cookie: false}", {})).clusters["default"].cookie is None
+
+
+def test_each_cluster_has_its_settings_and_each_route_its_cookie() -> None:
+    keys = "keys: [{query: sid, mode: hash}]"
+    settings = make_settings(
+        load_text(
+            f"""
+upstreams: [http://127.0.0.1:1]
+affinity: {{{keys}}}
+clusters: {{shop: {{upstreams: [http://127.0.0.1:2], affinity: {{cookie: {{path: /a, http_only: false}}, {keys}}}}}}}
+routes:
+  - {{path: /shop, cluster: shop, strip_prefix: true, cookie: {{path: /b, same_site: none}}}}
+  - {{host: a.org, path: /, cluster: default}}
+""",
+            {},
+        )
+    )
+    own = CookieAttributes("stickyproxy-shop", path="/a", http_only=False)
+    assert {name: one.cookie for name, one in settings.clusters.items()} == {
+        "default": CookieAttributes("stickyproxy"),
+        "shop": own,
+    }
+    assert settings.routes == (
+        Route("shop", "", "/shop", strips_prefix=True, cookie=replace(own, path="/b", same_site="none")),
+        Route("default", "a.org", ""),
+    )
+    first, second = (Found(one.keys[0], b"1") for one in settings.clusters.values())
+    assert first.stored != second.stored, "a value of one app says nothing at another"
 
 
 # Sessions
@@ -340,15 +375,15 @@ async def test_it_accepts_nobody_before_it_is_told_to_and_after_a_pause() -> Non
 async def test_it_acts_at_once_on_what_it_finds_dead() -> None:
     """It does not wait for the control plane to publish it."""
     async with running() as worker:
-        [before] = worker.worker.plane.snapshot.upstreams
+        [before] = worker.worker.plane.default.snapshot.upstreams
         worker.worker.plane.report(before.id, HealthEvent.REFUSED)
-        [after] = worker.worker.plane.snapshot.upstreams
+        [after] = worker.worker.plane.default.snapshot.upstreams
         assert (before.is_refused, after.is_refused) == (False, True)
         worker.worker.plane.report(before.id, HealthEvent.CONNECTED)
-        assert not worker.worker.plane.snapshot.upstreams[0].is_refused
+        assert not worker.worker.plane.default.snapshot.upstreams[0].is_refused
         worker.worker.plane.report("removed", HealthEvent.REFUSED)
         worker.worker.plane.report(before.id, HealthEvent.PROBE_FAILED)
-        assert worker.worker.plane.snapshot.upstreams == (before,)
+        assert worker.worker.plane.default.snapshot.upstreams == (before,)
         assert [event for _, event in worker.reported] == [
             HealthEvent.REFUSED,
             HealthEvent.CONNECTED,

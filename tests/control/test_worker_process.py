@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,12 +16,13 @@ from stickyproxy import __version__
 from stickyproxy.affinity.snapshot import Rules, Snapshot, Upstream
 from stickyproxy.config import Address
 from stickyproxy.control.channel import Channel
-from stickyproxy.control.messages import PROTOCOL, write_address, write_snapshot
+from stickyproxy.control.messages import PROTOCOL, write_address, write_snapshots
 from stickyproxy.control.worker_link import start_process
 from stickyproxy.errors import ChannelError
 from stickyproxy.observe.table import Table
 from stickyproxy.proxy.board import Board
 from stickyproxy.proxy.endpoint import Endpoint
+from stickyproxy.proxy.key_table import KeyTable
 from tests.helpers.supervised import SECRET, App, load, open_tunnel, until
 
 if TYPE_CHECKING:
@@ -64,7 +67,10 @@ class Spoken:
         snapshot = Snapshot("default", (upstream,), Rules())
         endpoints = {"app": Endpoint(Address("127.0.0.1", port))}
         slots = {upstream.digest.hex(): 0}
-        self.channel.send("publish", {**write_snapshot(snapshot, endpoints), "slots": slots})
+        self.channel.send("publish", {"clusters": write_snapshots([snapshot], endpoints), "slots": slots})
+
+    def count_descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.process_id}/fd").iterdir()))
 
     def has_ended(self) -> bool:
         if self.exit is None:
@@ -73,10 +79,10 @@ class Spoken:
                 self.exit = os.waitstatus_to_exitcode(status)
         return self.exit is not None
 
-    async def get(self) -> bytes:
+    async def get(self, target: str = "/") -> bytes:
         """Return what a client gets, up to the end of its connection."""
         reader, writer = await asyncio.open_connection(*self.listener.getsockname())
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         async with asyncio.timeout(DEADLINE_S):
             answer = await reader.read()
         writer.close()
@@ -220,7 +226,68 @@ async def test_nonsense_shuts_nothing(body: dict[str, Any]) -> None:
         assert not worker.has_ended()
 
 
-@pytest.mark.parametrize("kind", ["accept", "drain", "depart", "arrive", "reload", "shut"])
+# Keys
+
+
+KEYS = {"keys": [{"name": "id", "mode": "hash", "query": "id"}], "secrets": [SECRET]}
+
+
+async def test_two_workers_remember_keys_in_one_memory_which_only_they_and_the_supervisor_have() -> None:
+    keys = KeyTable.create(100)
+    async with spoken() as first, spoken() as second, app(b"x") as port:
+        for number, worker in enumerate((first, second), 1):
+            await worker.start(affinity=KEYS)
+            await worker.ask("keys", {}, (keys.descriptor,))
+            worker.publish(port)
+            await worker.ask("accept")
+            await worker.get(f"/?id={number}")
+            await worker.get("/?id=shared")
+            await worker.get(f"/?id={number}")
+        digest = Upstream("app").digest
+        now = time.monotonic()
+        assert [keys.find(b"id\0" + one, now) for one in (b"1", b"2", b"shared")] == [digest] * 3
+        assert keys.count(now) == 3
+        await until(lambda: first.table.read().plane.keys_learned == 2, "two were new to the first worker")
+        await until(lambda: second.table.read().plane.keys_learned == 1, "and one to the second")
+    keys.close()
+
+
+async def test_other_keys_take_the_place_of_those_it_had_and_its_counters_go_on() -> None:
+    before, after = KeyTable.create(100), KeyTable.create(100)
+    async with spoken() as worker, app(b"x") as port:
+        await worker.start(affinity=KEYS)
+        worker.publish(port)
+        await worker.ask("accept")
+        for table in (before, after):
+            await worker.ask("keys", {}, (table.descriptor,))
+            await worker.get("/?id=1")
+            assert table.count(time.monotonic()) == 1
+        await until(lambda: worker.table.read().plane.keys_learned == 2, "both are counted")
+        before.close()
+    after.close()
+
+
+async def test_memory_that_holds_no_keys_is_refused_and_the_worker_keeps_its_own() -> None:
+    keys, other = KeyTable.create(100), Board.create()
+    async with spoken() as worker, app(b"x") as port:
+        await worker.start(affinity=KEYS)
+        worker.publish(port)
+        await worker.ask("accept")
+        await worker.ask("keys", {}, (keys.descriptor,))
+        before = worker.count_descriptors()
+        for _ in range(3):
+            with pytest.raises(ChannelError, match="no table of keys"):
+                await worker.ask("keys", {}, (other.descriptor,))
+        with pytest.raises(ChannelError):
+            await worker.ask("keys")
+        assert worker.count_descriptors() == before
+        assert (await worker.get("/?id=1")).endswith(b"x")
+        assert keys.count(time.monotonic()) == 1
+    keys.close()
+    other.close()
+
+
+@pytest.mark.parametrize("kind", ["accept", "drain", "depart", "arrive", "reload", "shut", "keys"])
 async def test_nothing_can_be_asked_before_the_start(kind: str) -> None:
     async with spoken() as worker:
         with pytest.raises(ChannelError):

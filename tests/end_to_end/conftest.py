@@ -7,7 +7,6 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.helpers.browser import Visitors, launch_chromium
-from tests.helpers.processes import Children
 from tests.helpers.recipe import Recipe
 
 
@@ -35,16 +34,17 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
-    with Children(tmp_path_factory.mktemp("children")) as children:
-        yield children
-
-
-@pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     """Run the recipe of a framework, which tests name as the parameter of this fixture."""
     with Recipe(request.param, tmp_path_factory.mktemp(request.param)) as recipe:
         yield recipe
+
+
+@pytest.fixture
+def url_without_affinity(site: Recipe, visitors: Visitors) -> Iterator[str]:
+    """Start a proxy that ends before its visitors leave: Chromium closes no page that loads itself again and again."""
+    yield site.start_without_affinity()
+    site.stop_without_affinity()
 
 
 @pytest.fixture

@@ -31,13 +31,6 @@ CHAINLIT: Final = pytest.mark.parametrize("site", ["chainlit"], indirect=True)
 SOCKETIO: Final = pytest.mark.parametrize("site", ["fastapi-socketio"], indirect=True)
 
 
-@pytest.fixture
-def url_without_affinity(site: Recipe, visitors: Visitors) -> Iterator[str]:
-    """Start a proxy that ends before its visitors leave: Chromium closes no page that loads itself again and again."""
-    yield site.start_without_affinity()
-    site.stop_without_affinity()
-
-
 def assert_each_stays_with_one_process(pages: Sequence[RecipePage]) -> None:
     """Let all do something three times; assert that nobody noticed that there are several processes."""
     processes = [page.process() for page in pages]

@@ -94,7 +94,7 @@ async def test_with_wait_the_request_of_a_pinned_client_is_held_until_its_upstre
         "upstreams": listed(apps),
         "health": {"probe": PROBE},
         "state_directory": str(children.directory / "state"),
-        "affinity": {"on_unavailable": {"wait": "1h"}},
+        "affinity": {"on_unavailable": {"wait": "1h"}, "cookie": {"name": "stickyproxy"}},  # the ports are others
     }
     before = Serving(children, configuration, name="before")
     await asyncio.to_thread(before.wait_until_serving)
@@ -250,7 +250,8 @@ async def test_options_come_before_the_file(children: Children) -> None:
 async def test_the_secret_is_made_once_and_pins_outlive_a_restart(children: Children) -> None:
     apps = CountingApps(children, "alpha", "beta", "gamma")
     state = children.directory / "new" / "state"
-    configuration = {"upstreams": listed(apps), "state_directory": str(state)}
+    affinity = {"cookie": {"name": "stickyproxy"}}  # the ports are others
+    configuration = {"upstreams": listed(apps), "state_directory": str(state), "affinity": affinity}
     first = Serving(children, configuration, name="first")
     await asyncio.to_thread(first.wait_until_serving)
     answers = [await ask(first.port, "/count") for _ in range(6)]

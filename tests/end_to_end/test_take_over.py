@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from stickyproxy.control.messages import PROTOCOL
 from tests.helpers.operated import GatedApp, Proxy, Stage, until_so
 from tests.helpers.plain_client import PlainClient, ask
 from tests.helpers.proc import ports_held
@@ -397,18 +398,18 @@ async def test_whatever_else_comes_over_the_socket_is_refused_and_logged(stage: 
     before = count_in(listing)
     cases: list[tuple[bytes, int]] = [
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 0),
-        (message("state", {"protocol": 1})[:-9], 0),  # torn
+        (message("state", {"protocol": PROTOCOL})[:-9], 0),  # torn
         (HEAD.pack(b"STK1", 0, 1 << 31), 0),
         (HEAD.pack(b"STK1", 251, 2) + b"{}", 0),
         (HEAD.pack(b"STK1", 0, 2) + b"[]", 0),
-        (message("state", {"protocol": 1}), 100),  # descriptors that nobody asked for
+        (message("state", {"protocol": PROTOCOL}), 100),  # descriptors that nobody asked for
         (HEAD.pack(b"STK1", 3, 2) + b"{}", 2),
     ]
     for number, (data, descriptors) in enumerate(cases, 2):
         await refused(a, data, [0] * descriptors)
         await until(lambda number=number: a.log.count("hand-over refused") >= number, f"case {number} is logged")  # type: ignore[misc]
     for data, answer in (
-        (message("state", {"protocol": 2, "version": "9.9"}), "cannot hand over to version 9.9"),
+        (message("state", {"protocol": PROTOCOL + 1, "version": "9.9"}), "cannot hand over to version 9.9"),
         (message("state", {"version": "9.9"}), "cannot hand over to version 9.9"),
         (message("depart", {"worker": 0, "grace_s": 1}), "there is no worker 0 that could hand over to 0 sockets"),
         (message("depart", {"worker": "all"}), "invalid literal"),

@@ -108,7 +108,7 @@ async def test_what_is_known_and_counted_goes_on(stage: Stage) -> None:
     tunnel = await proxy.open_tunnel(cookie)
     await proxy.set_state("drained", "drain")
     await until_state(proxy, "gone", health="unhealthy")
-    await until_metric(proxy, "sessions_active", 5)
+    await proxy.until_metric("sessions_active", 5)
     known = await upstreams_of(proxy)
     assert known["drained"]["admin_state"] == "drain"
     sessions = {name: one["sessions"] for name, one in known.items()}
@@ -134,25 +134,18 @@ async def test_what_is_known_and_counted_goes_on(stage: Stage) -> None:
             assert fallen == {}
             before = after
             await proxy.replaced(old)
-        assert await proxy.metric("exchanges_total", status_class="2xx") == 10
+        await proxy.until_metric("exchanges_total", 10, status_class="2xx")
         assert await proxy.metric("upgrades_total", outcome="ok") == number
-        assert await proxy.metric("tunnels_open") == 1
+        await proxy.until_metric("tunnels_open", 1)
     tunnel.client._writer.close()
-    await until_metric(proxy, "tunnels_open", 0)
-    assert await proxy.metric("tunnel_duration_seconds_count") == 1
+    await proxy.until_metric("tunnels_open", 0)
+    await proxy.until_metric("tunnel_duration_seconds_count", 1)
     assert await proxy.metric("worker_restarts_total") == 0
 
 
 async def until_state(proxy: Proxy, upstream_id: str, **wanted: Any) -> None:
     async def is_so() -> bool:
         return wanted.items() <= (await upstreams_of(proxy))[upstream_id].items()
-
-    await until_so(is_so)
-
-
-async def until_metric(proxy: Proxy, name: str, value: float) -> None:
-    async def is_so() -> bool:
-        return await proxy.metric(name) == value
 
     await until_so(is_so)
 
@@ -189,7 +182,7 @@ async def test_an_exchange_under_way_ends_well_and_then_its_connection_moves(sta
     for client in (slow, upload, events, partial):
         assert (await client.ask("/", fields={"X-Id": "again"})).status == 200
     assert app.ids == {"slow": 1, "upload": 1, "events": 1, "partial": 1, "again": 4}
-    assert await proxy.metric("exchanges_total", status_class="2xx") == 8
+    await proxy.until_metric("exchanges_total", 8, status_class="2xx")
     await proxy.stop()
 
 
@@ -267,7 +260,7 @@ BROKEN = {
         "    if True:\n        raise UsageError('it wants more') or (",
         "the new version cannot start: stickyproxy: it wants more",
     ),
-    "protocol": ("control/messages.py", "PROTOCOL = 1\n", "PROTOCOL = 22\n", "leaves a state that 0.1.0 cannot read"),
+    "protocol": ("control/messages.py", "PROTOCOL = 2\n", "PROTOCOL = 22\n", "leaves a state that 0.1.0 cannot read"),
     "worker that exits": (
         "control/worker_process.py",
         '    set_up_log("info", "worker")\n',
@@ -655,7 +648,7 @@ async def test_with_a_new_worker_only_that_is_lost_which_it_had_taken_over(stage
     assert 0 < lost <= 40  # one batch
     assert max(app.ids.values()) == 1
     assert (await proxy.ask())[0] == 200
-    assert await proxy.metric("worker_restarts_total") == 1
+    await proxy.until_metric("worker_restarts_total", 1)
     await proxy.stop()
 
 

@@ -107,9 +107,9 @@ async def test_a_worker_that_is_killed_takes_only_its_connections_along(stage: S
     assert len(load.aborted) + ended == len(doomed)
     await until_counted(proxy, load.answered, len(load.aborted))
     assert max(app.ids.values()) == 1
-    assert await proxy.metric("worker_restarts_total") == 1
-    assert await proxy.metric("tunnels_total") == CLIENTS
-    assert await proxy.metric("tunnels_open") == CLIENTS - ended
+    await proxy.until_metric("worker_restarts_total", 1)
+    await proxy.until_metric("tunnels_total", CLIENTS)
+    await proxy.until_metric("tunnels_open", CLIENTS - ended)
     assert zombies_of(proxy.pid) == set()
     await proxy.stop()
 
@@ -200,7 +200,7 @@ async def test_a_client_with_connections_to_both_workers_is_one_session(stage: S
         shared += len(owners) == 2
     assert shared, "nobody had connections to both workers"
     await until_sessions(proxy, len(clients))
-    assert await proxy.metric("exchanges_total", status_class="2xx") == len(clients) * (PARALLEL + 1)
+    await proxy.until_metric("exchanges_total", len(clients) * (PARALLEL + 1), status_class="2xx")
 
 
 async def until_sessions(proxy: Proxy, count: int) -> None:

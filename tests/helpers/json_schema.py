@@ -46,6 +46,7 @@ _PLAIN: Mapping[str, Callable[[Any, Any], bool]] = {
     "maximum": lambda value, expected: not _is_number(value) or value <= expected,
     "minItems": lambda value, expected: not isinstance(value, list) or len(value) >= expected,
     "maxItems": lambda value, expected: not isinstance(value, list) or len(value) <= expected,
+    "maxProperties": lambda value, expected: not isinstance(value, dict) or len(value) <= expected,
     "required": lambda value, expected: not isinstance(value, dict) or value.keys() >= set(expected),
 }
 
@@ -69,9 +70,23 @@ def _look_at_properties(value: Any, schemas: Mapping[str, Schema], root: Schema,
         yield from find_mistakes(value[name], schemas[name], root, f"{at}.{name}")
 
 
+def _look_at_names(value: Any, schema: Schema, root: Schema, at: str) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        yield from find_mistakes(name, schema, root, f"{at}.{name}")
+
+
+def _look_at_others(value: Any, schema: Any, root: Schema, at: str) -> Iterator[str]:
+    """Look at the values of a mapping whose keys are names; that other keys are unknown is told elsewhere."""
+    if isinstance(value, dict) and isinstance(schema, dict):
+        for name, one in value.items():
+            yield from find_mistakes(one, schema, root, f"{at}.{name}")
+
+
 _NESTED: Mapping[str, Callable[[Any, Any, Schema, str], Iterator[str]]] = {
     "$ref": _follow,
     "anyOf": _try_each,
     "items": _look_at_items,
     "properties": _look_at_properties,
+    "propertyNames": _look_at_names,
+    "additionalProperties": _look_at_others,
 }

@@ -257,6 +257,14 @@ class Proxy:
         """Return the sum of the samples of a name that have these labels; 0 if there is none."""
         return total(await self.get("/metrics"), name, **labels)
 
+    async def until_metric(self, name: str, value: float, **labels: str) -> None:
+        """Wait for a metric's value: what a client has received whole may be counted an instant later."""
+
+        async def is_so() -> bool:
+            return await self.metric(name, **labels) == value
+
+        await until_so(is_so)
+
     async def connect(self, where: int | str | None = None, context: ssl.SSLContext | None = None) -> PlainClient:
         """Connect, over TLS where a context is given, until `leave` is called; to the first port, or elsewhere."""
         if isinstance(where, str):

@@ -4,6 +4,7 @@ The clients of libraries repeat a request whose connection broke; a test that co
 """
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Self
 
 DEADLINE_S = 60.0
 COOKIE = "stickyproxy"
+_NAME = re.compile(f"{COOKIE}(?:-[0-9]+)?=")  # with the port of the listener, or without
 
 
 class AbortedError(Exception):
@@ -34,7 +36,7 @@ class Answer:
 def read_cookie(set_cookie: str) -> str | None:
     """Return `name=value` of the affinity cookie in a Set-Cookie field; None if it is another or none."""
     pair = set_cookie.partition(";")[0]
-    return pair if pair.startswith(f"{COOKIE}=") else None
+    return pair if _NAME.match(pair) else None
 
 
 class PlainClient:

@@ -19,13 +19,13 @@ from stickyproxy.affinity.health import HealthEvent, Observed, Thresholds, obser
 from stickyproxy.affinity.sessions import SessionTable
 from stickyproxy.affinity.snapshot import AdminState, Health, Rules, Snapshot, Upstream
 from stickyproxy.affinity.token import Lifetimes, TokenCodec
-from stickyproxy.config import Address
+from stickyproxy.config import DEFAULT_CLUSTER, Address
 from stickyproxy.observe.counters import UPSTREAM, make_cells
 from stickyproxy.observe.table import Table
 from stickyproxy.proxy.endpoint import Endpoint
 from stickyproxy.proxy.listener import Listener, Role, bind
 from stickyproxy.proxy.plane import Plane
-from stickyproxy.proxy.settings import Settings, Timeouts
+from stickyproxy.proxy.settings import ClusterSettings, Settings, Timeouts
 from tests.helpers.raw import RawLink, RawUpstream, eventually
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 LOOPBACK = Address("127.0.0.1", 0)
 SECRET = b"0123456789abcdef0123456789abcdef"
 CODEC = TokenCodec([SECRET])
+
+
+def cluster_settings(**options: Any) -> dict[str, ClusterSettings]:
+    """Return the settings of the one cluster, for `Settings.clusters`."""
+    return {DEFAULT_CLUSTER: ClusterSettings(**options)}
 
 
 class Start(Protocol):
@@ -106,6 +111,7 @@ class PlaneUnderTest:
             log=self.records.append,
             table=self.table,
         )
+        self._own_keys = self.plane.keys  # a test may put another in its place
         self.publish()
 
     # The control plane's part
@@ -135,7 +141,7 @@ class PlaneUnderTest:
         endpoints = {
             one.id: replace(self.endpoint, address=Address(one.host, one.port, one.path)) for one in self.upstreams
         }
-        self.plane.publish(Snapshot("default", states, self.rules), endpoints)
+        self.plane.publish([Snapshot("default", states, self.rules)], endpoints)
         self.pools_seen.update(self.plane.pools.values())
 
     def set_admin(self, upstream: RawUpstream, state: AdminState) -> None:
@@ -253,6 +259,7 @@ class PlaneUnderTest:
         for listener in self.listeners:
             listener.close()
         self.plane.close()
+        self._own_keys.close()
         self.table.close()
         for upstream in self.all_upstreams:
             upstream.close()

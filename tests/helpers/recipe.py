@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import yaml
-
+from stickyproxy.config.document import read_document
+from stickyproxy.config.preset import put_presets_under
 from tests.helpers.apps import REPOSITORY, find_interpreter
 from tests.helpers.metrics import total
 from tests.helpers.processes import HTTP, WAIT_TIMEOUT_S, Children, StickyProxy, free_port, wait_until
@@ -91,7 +91,7 @@ class Recipe:
         All else is as the recipe says. For controls: this is what the framework does without affinity.
         """
         upstreams = {key: _url_of(one["address"]) for key, one in self._upstreams().items()}
-        kept = {key: value for key, value in self._configuration().items() if key not in {"run", "affinity"}}
+        kept = {key: value for key, value in self._configuration().items() if key not in {"run", "affinity", "presets"}}
         self._without_affinity = StickyProxy(
             self._children, upstreams, affinity=NO_AFFINITY, more=kept, name="no-affinity"
         )
@@ -111,7 +111,10 @@ class Recipe:
         yield from self._children.reports()
 
     def _configuration(self) -> dict[str, Any]:
-        return dict(yaml.safe_load((self.directory / "stickyproxy.yaml").read_text()))
+        """Return the file of the recipe, with what its presets say."""
+        document = put_presets_under(read_document((self.directory / "stickyproxy.yaml").read_text()), (), None)
+        assert isinstance(document.value, dict)
+        return document.value
 
     def _upstreams(self) -> dict[str, Any]:
         """Return what the proxy says of its app processes, by id."""

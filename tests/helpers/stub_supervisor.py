@@ -41,7 +41,7 @@ class StubSupervisor:
         self.links = [StubLink(index, 1000 + index, Table.create()) for index in range(workers)]
         self.fleet.links = [cast("WorkerLink", link) for link in self.links]
         self.routing = Routing(config, lambda *_: None)
-        self.prober = Prober(config.health, self.routing)
+        self.prober = Prober(self.routing)
         self.resolver = SimpleNamespace(lookups=Counter[str]())
         self.certificates = SimpleNamespace(reloads=Counter[str](), facts={})
         self.reloader = SimpleNamespace(outcomes=Counter[str](), succeeded_at=0.0)

@@ -26,6 +26,9 @@ from stickyproxy.observe.counters import (
     IN_FLIGHT,
     INITIATORS,
     IS_ACCEPTING,
+    KEY_CONFLICTS,
+    KEYS_EVICTED,
+    KEYS_LEARNED,
     LAG_BOUNDS_S,
     METHOD_NAMES,
     NS,
@@ -176,6 +179,9 @@ def test_a_cell_of_an_upstream_is_read_by_its_name(cell: int, name: str) -> None
         (ACCEPT_PAUSES, "accept_pauses"),
         (ACCESS_LOG_DROPPED, "access_log_dropped"),
         (HITS, "hits"),
+        (KEY_CONFLICTS, "key_conflicts"),
+        (KEYS_LEARNED, "keys_learned"),
+        (KEYS_EVICTED, "keys_evicted"),
     ],
 )
 def test_a_cell_of_the_plane_is_read_by_its_name(cell: int, name: str) -> None:

@@ -171,6 +171,14 @@ def test_affinity_and_breaks_are_by_outcome_and_reason() -> None:
     assert value("affinity_breaks_total", reason="refused") == 1
 
 
+def test_keys_are_counted_from_zero_and_those_that_are_remembered_are_looked_up() -> None:
+    value = Exposed(make_numbers())
+    names = ("keys_learned_total", "keys_evicted_total", "key_conflicts_total", "keys")
+    assert [value(name) for name in names] == [0, 0, 0, 0]
+    value = Exposed(replace(make_numbers(), keys_learned=5, keys_evicted=2, key_conflicts=1, count_keys=lambda: 3))
+    assert [value(name) for name in names] == [5, 2, 1, 3]
+
+
 def count_tunnels(counters: UpstreamCounters) -> None:
     counters.cells[TUNNELS] = 5
     counters.cells[TUNNELS_OPEN] = 2

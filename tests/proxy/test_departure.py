@@ -20,6 +20,7 @@ from stickyproxy.proxy.departure import BATCH, Mover, depart
 from stickyproxy.proxy.settings import Pings, Settings
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.frames import ScannerState, write_close
+from tests.helpers.plane import cluster_settings
 from tests.helpers.raw import GET, RawLink, eventually, request
 from tests.helpers.tunnels import ACCEPT, HANDSHAKE, MASK, close_of, connect, frame
 from tests.proxy.moving import Pair, start_pair
@@ -297,7 +298,7 @@ async def test_a_session_that_was_pinned_anew_meanwhile_stays_where_it_is_pinned
 
 
 async def test_a_tunnel_without_a_session_moves_as_one(start: Start) -> None:
-    pair = await start_pair(start, settings=Settings(cookie=None))
+    pair = await start_pair(start, settings=Settings(clusters=cluster_settings(cookie=None)))
     await connect(pair.old)
     assert pair.old.pool().strangers == 1
     await pair.move()
@@ -593,7 +594,7 @@ async def test_many_tunnels_move_in_batches(pair: Pair) -> None:
     assert await pair.move() == Counter()
     assert sum(pair.carrier.sizes) == count
     assert max(pair.carrier.sizes) == BATCH
-    assert pair.new.plane.load(pair.new.plane.snapshot.upstreams[0]) == count
+    assert pair.new.plane.load(pair.new.plane.default.snapshot.upstreams[0]) == count
     assert len(pair.new.sessions) == count
     for number, client in enumerate(clients):
         client.send(frame(b"%08d" % (number + count), is_masked=True))

@@ -17,6 +17,7 @@ from stickyproxy.affinity.snapshot import AdminState, Rules
 from stickyproxy.proxy.pool import Pool
 from stickyproxy.proxy.settings import Settings
 from stickyproxy.wire.origin import OriginRules
+from tests.helpers.plane import cluster_settings
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 from tests.helpers.tunnels import ACCEPT, HANDSHAKE
 
@@ -679,7 +680,7 @@ async def test_a_cookie_of_the_app_does_not_end_the_pin(proxy: PlaneUnderTest) -
 
 
 async def test_an_app_may_set_any_cookie_where_there_is_no_affinity_cookie(start: Start) -> None:
-    proxy = await start(settings=Settings(cookie=None), rules=Rules(has_cookie=False))
+    proxy = await start(settings=Settings(clusters=cluster_settings(cookie=None)), rules=Rules(has_cookie=False))
     client, app = await proxy.open(GET)
     await app.read_request()
     app.answer(b"", "Set-Cookie: stickyproxy=theirs")

@@ -24,7 +24,7 @@ from stickyproxy.affinity.snapshot import (
 from stickyproxy.affinity.token import Lifetimes, Token, TokenCodec
 from stickyproxy.proxy import placement
 from stickyproxy.proxy.settings import Settings
-from tests.helpers.plane import CODEC
+from tests.helpers.plane import CODEC, cluster_settings
 from tests.helpers.raw import GET, Message, RawLink, RawUpstream, eventually, request
 from tests.helpers.tunnels import ACCEPT, HANDSHAKE
 
@@ -145,7 +145,7 @@ async def test_an_old_token_is_written_anew_for_the_same_client(start: Start) ->
 
 
 async def test_without_a_cookie_nobody_is_pinned(start: Start) -> None:
-    proxy = await start(2, settings=Settings(cookie=None), rules=Rules(has_cookie=False))
+    proxy = await start(2, settings=Settings(clusters=cluster_settings(cookie=None)), rules=Rules(has_cookie=False))
     for _ in range(4):
         _, _, response = await visit(proxy, cookie_for("app-1"))
         assert "set-cookie" not in response
@@ -154,7 +154,7 @@ async def test_without_a_cookie_nobody_is_pinned(start: Start) -> None:
 
 
 async def test_a_tunnel_without_a_cookie_counts_as_a_stranger(start: Start) -> None:
-    proxy = await start(settings=Settings(cookie=None), rules=Rules(has_cookie=False))
+    proxy = await start(settings=Settings(clusters=cluster_settings(cookie=None)), rules=Rules(has_cookie=False))
     client, app = await proxy.open(request("GET /", "Connection: Upgrade", "Upgrade: websocket"))
     await app.read_request()
     app.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
@@ -340,9 +340,12 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(start: Start) ->
 
 def begin_closing(proxy: PlaneUnderTest, upstream: RawUpstream) -> None:
     """Publish that an upstream has drained for as long as it may."""
-    before, endpoints = proxy.plane.snapshot, {one.upstream_id: one.endpoint for one in proxy.plane.pools.values()}
+    before, endpoints = (
+        proxy.plane.default.snapshot,
+        {one.upstream_id: one.endpoint for one in proxy.plane.pools.values()},
+    )
     states = tuple(replace(one, is_closing=one.is_closing or one.id == upstream.id) for one in before.upstreams)
-    proxy.plane.publish(Snapshot(before.cluster, states, before.rules), endpoints)
+    proxy.plane.publish([Snapshot(before.cluster, states, before.rules)], endpoints)
 
 
 def note_questions(monkeypatch: pytest.MonkeyPatch) -> list[Question]:

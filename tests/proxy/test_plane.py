@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 
+from stickyproxy.affinity.routes import Route
 from stickyproxy.affinity.snapshot import Rules, Snapshot
 from stickyproxy.config import Address, ListenerTls
 from stickyproxy.control.certificates import make_listener_context
@@ -19,12 +20,12 @@ from stickyproxy.proxy.departure import depart
 from stickyproxy.proxy.listener import Role
 from stickyproxy.proxy.plane import Plane
 from stickyproxy.proxy.pool import PLACED_WINDOW_S
-from stickyproxy.proxy.settings import OFF, Pings, Settings, Timeouts
+from stickyproxy.proxy.settings import OFF, ClusterSettings, Pings, Settings, Timeouts
 from stickyproxy.tasks import spawn
 from stickyproxy.wire.cookies import CookieAttributes
 from stickyproxy.wire.head import HeadLimits
 from tests.helpers.certificates import Authority
-from tests.helpers.plane import LOOPBACK
+from tests.helpers.plane import LOOPBACK, cluster_settings
 from tests.helpers.raw import GET, RawUpstream, eventually, request
 from tests.helpers.tunnels import ACCEPT, HANDSHAKE, connect, the_tunnel
 
@@ -104,7 +105,7 @@ async def test_waiting_ends_with_a_change_or_with_time(proxy: PlaneUnderTest) ->
 
 async def test_the_load_counts_sessions_strangers_and_those_just_placed(proxy: PlaneUnderTest) -> None:
     plane, pool = proxy.plane, proxy.pool()
-    (upstream,) = plane.snapshot.upstreams
+    (upstream,) = plane.default.snapshot.upstreams
     assert plane.load(upstream) == 0
     client, app = await proxy.open(GET)
     await app.read_request()
@@ -325,13 +326,13 @@ async def test_the_counters_of_an_upstream_that_is_removed_are_given_back(start:
 
 async def test_a_plane_without_a_table_counts_in_memory_of_its_own(proxy: PlaneUnderTest) -> None:
     plane = Plane(Settings(), proxy.sessions, report=lambda *_: None, random=lambda: 0.0)
-    plane.publish(proxy.plane.snapshot, {one.id: proxy.endpoint for one in proxy.upstreams})
+    plane.publish([proxy.plane.default.snapshot], {one.id: proxy.endpoint for one in proxy.upstreams})
     plane.counters.cells[CONNECTIONS] += 1
     pool = plane.pools[proxy.pool().digest]
     pool.counters.count_attempt("ok")
     assert proxy.plane.counters.connections == 0
     assert proxy.pool().counters.attempts == {}
-    plane.publish(Snapshot("default", (), Rules()), {})
+    plane.publish([Snapshot("default", (), Rules())], {})
     assert pool.is_closed
     plane.close()
 
@@ -359,7 +360,9 @@ async def test_other_settings_hold_from_the_next_request_on(proxy: PlaneUnderTes
     kept, app = await proxy.open(GET)
     await app.read_request()
     small = Settings(
-        head=HeadLimits(target_bytes=100), cookie=CookieAttributes(name="other"), timeouts=Timeouts(keep_alive_s=0.3)
+        head=HeadLimits(target_bytes=100),
+        clusters=cluster_settings(cookie=CookieAttributes(name="other")),
+        timeouts=Timeouts(keep_alive_s=0.3),
     )
     proxy.plane.change_settings(small)
     app.answer()
@@ -460,7 +463,7 @@ async def start_two(start: Start, board: Board, upstreams: int = 1) -> tuple[Pla
 
 
 def loads(*proxies: PlaneUnderTest) -> list[int]:
-    return [proxy.plane.load(proxy.plane.snapshot.upstreams[0]) for proxy in proxies]
+    return [proxy.plane.load(proxy.plane.default.snapshot.upstreams[0]) for proxy in proxies]
 
 
 async def test_a_client_that_is_placed_counts_for_the_other_workers_at_once(start: Start, board: Board) -> None:
@@ -606,3 +609,42 @@ async def test_a_plane_that_is_left_closes_what_cannot_move_with_its_next_respon
     else:
         client.send(GET)
         await eventually(lambda: app.held or other.held)
+
+
+# Routes
+
+
+async def test_routes_hold_once_each_of_their_clusters_is_known(proxy: PlaneUnderTest) -> None:
+    """Until then those before do, with the cookies that belong to them: nobody is sent where nothing is."""
+    plane, endpoints = proxy.plane, {one.id: proxy.endpoint for one in proxy.upstreams}
+    before = plane.cookie_reader
+    default = plane.default.snapshot
+    clusters = cluster_settings() | {"shop": ClusterSettings(CookieAttributes("other"))}
+    plane.change_settings(Settings(clusters=clusters, routes=(Route("shop", path="/shop"),)))
+    assert (plane.router, plane.cookie_reader) == (None, before)
+    plane.publish([default], endpoints)
+    assert (plane.router, plane.cookie_reader) == (None, before)
+    plane.publish([default, Snapshot("shop", (), Rules())], endpoints)
+    assert plane.router is not None
+    assert plane.cookie_reader is not before
+    router = plane.router
+    plane.publish([default, Snapshot("shop", (), Rules())], endpoints)
+    assert plane.router is router, "made once"
+    plane.change_settings(Settings())
+    assert plane.router is None
+    assert list(plane.clusters) == ["default", "shop"], "its upstreams may be leaving"
+    plane.publish([default], endpoints)
+    assert list(plane.clusters) == ["default"]
+
+
+async def test_an_upstream_that_moves_to_another_cluster_keeps_its_pool(proxy: PlaneUnderTest) -> None:
+    plane, pool = proxy.plane, proxy.pool()
+    endpoints = {one.id: pool.endpoint for one in proxy.upstreams}
+    upstreams = plane.default.snapshot.upstreams
+    plane.publish([Snapshot("default", (), Rules()), Snapshot("shop", upstreams, Rules())], endpoints)
+    assert plane.pools == {pool.digest: pool}
+    assert not pool.is_closed
+    found = plane.find_cluster(pool.digest)
+    assert found is not None
+    assert found.name == "shop"
+    proxy.publish()

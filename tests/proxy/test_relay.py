@@ -69,3 +69,24 @@ def test_any_cut_gives_the_same_payload(payload: bytes, cuts: list[int], step: i
     assert relay.is_done
     assert again.is_done
     assert relay.relayed_bytes == again.relayed_bytes == len(payload)
+
+
+# Who hears the payload
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_the_payload_is_heard_before_it_is_passed_on_until_that_is_enough(*, is_chunked: bool) -> None:
+    relay = Relay(CHUNKED, SETTINGS, is_chunked=is_chunked)
+    heard: list[bytes] = []
+
+    def hear(payload: bytes) -> bool:
+        heard.append(payload)
+        return len(heard) < 2
+
+    relay.hear = hear
+    passed = relay.feed(b"3\r\nabc\r\n") + relay.feed(b"1") + relay.feed(b"\r\nd\r\n1\r\ne\r\n")
+    assert heard == [b"abc", b"de"], "without the framing, and not where there is none"
+    assert relay.hear is None
+    passed += relay.feed(b"1\r\nf\r\n0\r\n\r\n")
+    assert heard == [b"abc", b"de"]
+    assert passed == (b"3\r\nabc\r\n2\r\nde\r\n1\r\nf\r\n0\r\n\r\n" if is_chunked else b"abcdef")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stickyproxy.errors import RequestError, ResponseError, UpstreamUnavailable
+from stickyproxy.errors import RequestError, ResponseError, UpstreamGone, UpstreamUnavailable
 from stickyproxy.proxy.respond import write_error, write_redirect
 from stickyproxy.wire.head import HeadLimits
 from stickyproxy.wire.request_head import RequestHead, parse_request_head
@@ -22,7 +22,10 @@ def head(*fields: str, line: str = "GET /", version: str = "1.1") -> RequestHead
 
 
 def answer(
-    error: RequestError | ResponseError | UpstreamUnavailable, of: RequestHead | None, *, keep_alive: bool = True
+    error: RequestError | ResponseError | UpstreamGone | UpstreamUnavailable,
+    of: RequestHead | None,
+    *,
+    keep_alive: bool = True,
 ) -> Message:
     data = write_error(error, of, ID, DATE, keep_alive=keep_alive)
     start, _, body = data.partition(b"\r\n\r\n")
@@ -142,3 +145,26 @@ def test_a_redirect_never_leaves_the_host(line: str, target: str) -> None:
     message = parse_message(write_redirect(head(line=line), 443, ID, DATE, keep_alive=False))
     assert message["Location"] == f"https://example.org{target}"
     assert message["Connection"] == "close"
+
+
+# In place of an upstream that is gone
+
+
+@pytest.mark.parametrize("accept", ["text/html", "application/json", "*/*"])
+def test_what_the_upstream_would_say_is_said_whatever_is_accepted(accept: str) -> None:
+    error = UpstreamGone(
+        "the upstream of this sid is gone", status=400, content_type="application/json", body='{"é":1}'
+    )
+    message = answer(error, head(f"Accept: {accept}"))
+    assert message.start == "HTTP/1.1 400 Bad Request"
+    assert message["Content-Type"] == "application/json"
+    assert message.body == '{"é":1}'.encode()
+    assert int(message["Content-Length"]) == len(message.body)
+    assert 'details="the upstream of this sid is gone"' in message["Proxy-Status"]
+    assert "Retry-After" not in message
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 419, 440, 499, 503, 599])
+def test_its_status_may_be_any_that_the_configuration_takes(status: int) -> None:
+    error = UpstreamGone("gone", status=status, content_type="text/plain", body="")
+    assert answer(error, head()).status == status

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from http.cookies import SimpleCookie
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stickyproxy.wire.cookies import CookieAttributes, CookieReader, CookieWriter, is_shared_cacheable
+from stickyproxy.wire.cookies import (
+    CookieAttributes,
+    CookieReader,
+    CookiesReader,
+    CookieWriter,
+    is_shared_cacheable,
+)
 from stickyproxy.wire.head import HeadLimits
 from stickyproxy.wire.request_head import parse_request_head
 
@@ -155,6 +161,40 @@ def test_the_attributes_of_the_cookie_over_https(attributes: dict[str, object], 
     assert written(is_https=True, **attributes) == f"Set-Cookie: stickyproxy=T; Path=/; HttpOnly{end}"
 
 
+def attributes_of(line: bytes) -> list[str]:
+    return line.decode().removeprefix("Set-Cookie: ").split("; ")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "over_http", "over_https"),
+    [
+        ({}, ["stickyproxy=", "Path=/"], ["Secure"]),
+        ({"name": "n", "path": "/app"}, ["n=", "Path=/app"], ["Secure"]),
+        ({"domain": "a.b", "max_age_s": 99}, ["stickyproxy=", "Path=/", "Domain=a.b"], ["Secure"]),
+        ({"secure": False}, ["stickyproxy=", "Path=/"], []),
+        ({"name": "__Host-n", "secure": True}, ["__Host-n=", "Path=/", "Secure"], []),
+        ({"same_site": "none"}, ["stickyproxy=", "Path=/"], ["Secure", "SameSite=None"]),
+        ({"same_site": "none", "partitioned": True}, ["stickyproxy="], ["Secure", "SameSite=None", "Partitioned"]),
+    ],
+)
+def test_a_cookie_is_taken_from_the_client(
+    attributes: dict[str, object], over_http: list[str], over_https: list[str]
+) -> None:
+    """By an empty one of the same name, path and domain, whose lifetime is over (RFC 6265, section 3.1).
+
+    It has what lets a browser take it where it took the first one: in a frame of another site a cookie without
+    SameSite=None is not taken at all, and one without Partitioned is another cookie (CHIPS).
+    """
+    writer = CookieWriter(CookieAttributes(**attributes))  # type: ignore[arg-type]
+    for is_https, expected in ((False, over_http), (True, [*over_http, *over_https])):
+        found = attributes_of(writer.write_end(is_https=is_https))
+        assert found[0] == expected[0]
+        assert {*expected, "Max-Age=0"} <= set(found)
+        assert [one for one in found if one.startswith("Max-Age")] == ["Max-Age=0"]
+        assert ("Secure" in found) == ("Secure" in expected)
+        assert ("Partitioned" in found) == ("Partitioned" in expected)
+
+
 @pytest.mark.parametrize("is_https", [False, True])
 @pytest.mark.parametrize("same_site", ["lax", "strict", "none"])
 @pytest.mark.parametrize("secure", [True, False, "auto"])
@@ -216,3 +256,35 @@ def test_a_cookie_of_the_application_never_takes_our_place(line: bytes) -> None:
 def test_cookies_with_other_names_are_not_touched() -> None:
     section = [b"Set-Cookie: Stickyproxy=a\r\nSet-Cookie: xstickyproxy=a\r\n", b"Set-Cookie: stickyproxyx=a\r\n"]
     assert CookieWriter(CookieAttributes()).drop_foreign(section) == section
+
+
+# Several cookies
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens", "rest"),
+    [
+        (b"pin=1; pin-shop=2", {b"pin": b"1", b"pin-shop": b"2"}, b""),
+        (b"a=b; pin-shop=2;pin=1; c=d", {b"pin": b"1", b"pin-shop": b"2"}, b"Cookie: a=b; c=d\r\n"),
+        (b"pin-shop=2; pin-shop=3; pin-shoplift=4", {b"pin-shop": b"2"}, b"Cookie: pin-shoplift=4\r\n"),
+        (b"xpin=1; pin-other=2", {}, b"Cookie: xpin=1; pin-other=2\r\n"),
+        (b'pin=; pin="5"', {b"pin": b"5"}, b""),
+    ],
+)
+def test_several_cookies_are_taken_out_by_name(value: bytes, tokens: dict[bytes, bytes], rest: bytes) -> None:
+    section = [b"Host: a\r\n", b"Cookie: " + value + b"\r\n"]
+    assert CookiesReader(["pin", "pin-shop"]).take(section, [1]) == tokens
+    assert section == [b"Host: a\r\n", rest]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_weakened"),
+    [
+        ({}, False),
+        ({"same_site": "none"}, True),
+        ({"partitioned": True}, True),
+        ({"same_site": "none", "secure": True}, False),
+    ],
+)
+def test_a_writer_knows_what_falls_back_over_http(attributes: dict[str, Any], is_weakened: object) -> None:
+    assert CookieWriter(CookieAttributes(**attributes)).is_weakened is is_weakened

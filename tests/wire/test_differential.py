@@ -60,10 +60,11 @@ def write_response(head: ResponseHead, *, is_chunked: bool) -> bytes:
     exchange = Exchange.__new__(Exchange)
     exchange.head = RequestHead(b"GET", b"/", is_http_10=False)
     exchange._keep_alive = True
-    exchange.plane = cast(
-        "Any", SimpleNamespace(cookie_writer=None, date_line=b"Date: Mon, 23 Nov 2026 07:00:00 GMT\r\n")
+    exchange.plane = cast("Any", SimpleNamespace(date_line=b"Date: Mon, 23 Nov 2026 07:00:00 GMT\r\n"))
+    exchange._place = cast(
+        "Any",
+        SimpleNamespace(cookie_writer=None, write_cookie=lambda _: b"Set-Cookie: stickyproxy=T\r\n"),
     )
-    exchange._place = cast("Any", SimpleNamespace(write_cookie=lambda _: b"Set-Cookie: stickyproxy=T\r\n"))
     return exchange._write_response_head(head, is_chunked=is_chunked)
 
 

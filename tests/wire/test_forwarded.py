@@ -8,7 +8,7 @@ import pytest
 
 from stickyproxy.wire.forwarded import ConnectionOrigin, ForwardedWriter, client_address, is_in
 from stickyproxy.wire.head import HeadLimits
-from stickyproxy.wire.request_head import RequestHead, parse_request_head
+from stickyproxy.wire.request_head import RequestHead, StrippedHead, parse_request_head
 
 PLAIN = ConnectionOrigin("203.0.113.9", "8080", is_https=False, is_trusted=False)
 HTTPS = ConnectionOrigin("203.0.113.9", "8443", is_https=True, is_trusted=False)
@@ -271,3 +271,29 @@ def test_a_list_without_end_is_looked_at_from_its_end_only() -> None:
     assert client_address(TRUSTED, parse({"X-Forwarded-For": few}), PROXIES) == "192.0.2.1"
     many = ", ".join(["192.0.2.1", *["10.0.0.7"] * 40])
     assert client_address(TRUSTED, parse({"X-Forwarded-For": many}), PROXIES) == "10.0.0.1"
+
+
+# A prefix that was taken off the target
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said", "trust", "sent"),
+    [
+        (None, None, "none", "/tool"),
+        ("/site", None, "none", "/site/tool"),
+        ("/site/", None, "none", "/site/tool"),
+        (None, b"/outer", "none", "/tool"),
+        (None, b"/outer", "trusted", "/outer/tool"),
+        ("/site", b"/outer", "trusted", "/site/tool"),
+    ],
+)
+def test_the_prefix_that_was_taken_off_comes_last(
+    prefix: str | None, said: bytes | None, trust: str, sent: str
+) -> None:
+    origin = ConnectionOrigin("192.0.2.1", "80", is_https=False, is_trusted=trust == "trusted")
+    head = RequestHead(b"GET", b"/tool/x", is_http_10=False)
+    head.forwarded = None if said is None else {b"x-forwarded-prefix": said}
+    writer = ForwardedWriter(origin, prefix=prefix)
+    lines = writer.write(StrippedHead(head, b"/tool", b"/x")).decode().split("\r\n")
+    assert [line for line in lines if "Prefix" in line] == [f"X-Forwarded-Prefix: {sent}"]
+    assert "/tool" not in writer.write(head).decode()

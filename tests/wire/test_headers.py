@@ -18,6 +18,7 @@ from stickyproxy.wire.headers import (
     RESPONSE_CACHE_CONTROL,
     RESPONSE_CONNECTION,
     RESPONSE_CONTENT_LENGTH,
+    RESPONSE_PIN,
     RESPONSE_SPECIALS,
     RESPONSE_TRANSFER_ENCODING,
     RESPONSE_UPGRADE,
@@ -28,6 +29,7 @@ from stickyproxy.wire.headers import (
     canonicalise,
     drop_fields,
     find_field,
+    find_fields,
     parse_content_length,
     parse_list,
 )
@@ -179,6 +181,8 @@ FORWARDED_NAMES += ["X-Real-IP", "X-Request-ID", "X-Scheme"]
         *[(name, FORWARDED) for name in FORWARDED_NAMES],
         *[(name, DROPPED) for name in ("TE", "Keep-Alive", "HTTP2-Settings", "Proxy-Connection", "Proxy")],
         ("Proxy-Authorization", DROPPED),
+        *[(name, DROPPED) for name in ("Stickyproxy-Pin", "stickyproxy_pin", "STICKYPROXY-PIN")],
+        *[(name, None) for name in ("Stickyproxy", "Stickyproxy-Pins", "X-Stickyproxy-Pin", "Stickyproxypin")],
         *[
             (name, None)
             for name in ("Hostess", "Cookie2", "TEA", "X-Host", "X-Forwarded", "X-Forwarded-User", "Expect", "V")
@@ -209,6 +213,9 @@ def test_no_underscore_makes_a_special_field_of_another(name: str) -> None:
         ("Cache-Control", RESPONSE_CACHE_CONTROL),
         ("Transfer-Encoding", RESPONSE_TRANSFER_ENCODING),
         ("Upgrade", RESPONSE_UPGRADE),
+        ("Stickyproxy-Pin", RESPONSE_PIN),
+        ("Stickyproxy-Pins", None),
+        ("X-Stickyproxy-Pin", None),
         ("TE", DROPPED),
         ("Keep-Alive", DROPPED),
         ("Proxy-Connection", DROPPED),
@@ -235,6 +242,12 @@ def test_the_first_field_of_a_name_is_found() -> None:
     assert find_field(section, b"a") == b"3"
     assert find_field(section, b"b") == b"2"
     assert find_field(section, b"c") == b""
+
+
+def test_all_fields_of_a_name_are_found() -> None:
+    section = [b"Aa: 1\r\nA: 2\r\n", b"", b"a: \r\nB: a: 3\r\nA: 4: 5\r\n"]
+    assert find_fields(section, b"a") == [b"2", b"", b"4: 5"]
+    assert find_fields(section, b"c") == []
 
 
 @pytest.mark.parametrize(("value", "length"), [(b"0", 0), (b"007", 7), (b"9" * 18, 10**18 - 1)])

@@ -213,6 +213,7 @@ def test_odd_white_space_is_made_canonical() -> None:
         b"X-Forwarded-For: 1.1.1.1", b"X_Forwarded_For: 1.1.1.1", b"X-Forwarded_For: 1.1.1.1", b"Forwarded: for=x",
         b"X-Real-IP: 1.1.1.1", b"X_Real_IP: 1.1.1.1", b"X-Request-ID: 1", b"X_Request_ID: 1", b"X-Scheme: https",
         b"X_Scheme: https", b"Content_Length: 5", b"Transfer_Encoding: chunked", b"CONTENT_LENGTH: 5",
+        b"Stickyproxy-Pin: release", b"Stickyproxy_Pin: app-2",
     ],
 )  # fmt: skip
 def test_what_concerns_one_connection_or_only_claims_to_be_of_a_proxy_is_dropped(field: bytes) -> None:
@@ -559,7 +560,9 @@ def test_a_repeated_section_is_not_read_again() -> None:
     assert (second.method, second.target, second.token) == (b"PUT", b"/x", b"T")
     assert b"".join(second.section) == HOST + b"Cookie: a=1\r\n"
     first.outgoing = b"written"
+    first.key_fields = (reader, (b"a key",))
     assert reader.read(GET + section, len(GET + section)).outgoing == b"written"
+    assert reader.read(GET + section, len(GET + section)).key_fields is first.key_fields
 
 
 @pytest.mark.parametrize(

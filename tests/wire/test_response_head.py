@@ -195,6 +195,21 @@ def test_repr_shows_the_facts() -> None:
 # What is told of it
 
 
+@pytest.mark.parametrize("name", [b"Stickyproxy-Pin", b"stickyproxy-pin", b"STICKYPROXY-PIN"])
+@pytest.mark.parametrize("value", [b"release", b"app-2", b"anything; else", b""])
+def test_what_the_application_says_of_the_pin_is_read_and_not_passed_on(name: bytes, value: bytes) -> None:
+    head = respond(b"A: 1", name + b": " + value, b"Content-Length: 5")
+    assert head.pin == value
+    assert b"".join(head.section) == b"A: 1\r\nContent-Length: 5\r\n"
+    assert head.keep_alive
+    assert respond(b"A: 1", b"X-Stickyproxy-Pin: a").pin is None
+
+
+def test_of_several_pins_the_last_counts() -> None:
+    head = respond(b"Stickyproxy-Pin: app-1", b"A: 1", b"stickyproxy-pin: release")
+    assert (head.pin, b"".join(head.section)) == (b"release", b"A: 1\r\n")
+
+
 @pytest.mark.parametrize(
     ("fields", "has_date", "has_cookies"),
     [

@@ -34,7 +34,7 @@ GET /metrics         metrics for Prometheus
 GET /livez           whether the proxy runs
 GET /readyz          whether it can serve clients, and if not, why
 GET /api/v1/state    clusters and upstreams
-PUT /api/v1/clusters/{cluster}/upstreams/{id}/state
+PUT /api/v1/clusters/{cluster}/upstreams/{id}/state, or without the cluster: PUT /api/v1/upstreams/{id}/state
                      {"state": "ready"}, "drain" (no new clients) or "maint" (no clients)
 """
 

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from stickyproxy.config import MAX_PROCESSES
 from stickyproxy.control.admin.body import read_body
+from stickyproxy.control.explain import Asked, State, explain
 from stickyproxy.control.runner.deploy import DeployOptions
 from stickyproxy.errors import UsageError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stickyproxy.control.supervisor import Supervisor
 
 _WATCH_S: Final = 10.0
+_MAX_QUESTION_BYTES: Final = 1 << 20  # a head with the cookies of a browser, and a body with a key in it
 
 
 class Commands:
@@ -30,6 +32,7 @@ class Commands:
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Add the routes of the commands."""
         router.add_post("/api/v1/reload", self._reload)
+        router.add_post("/api/v1/explain", self._explain)
         router.add_get("/api/v1/upgrade", self._show_upgrade)
         router.add_post("/api/v1/upgrade", self._upgrade)
         router.add_get("/api/v1/deploy", self._show_deploy)
@@ -44,6 +47,32 @@ class Commands:
         except UsageError as error:
             raise web.HTTPUnprocessableEntity(text=str(error)) from error
         return web.json_response({"changes": [str(change) for change in changes]})
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        """Say where a request would go; nothing is sent, and nothing changes."""
+        content = await request.clone(client_max_size=_MAX_QUESTION_BYTES).read()
+        given = read_body(content, {"line", "headers", "body", "is_https"})
+        line, headers, body = given.get("line"), given.get("headers", []), given.get("body", "")
+        are_texts = isinstance(headers, list) and all(isinstance(one, str) for one in (line, body, *headers))
+        if not are_texts or type(given.get("is_https", False)) is not bool:
+            raise web.HTTPBadRequest(text="line and body are text, headers a list of texts, is_https true or false")
+        supervisor = self._supervisor
+        routing = supervisor.routing
+        state = State(
+            supervisor.config,
+            tuple(routing.snapshots.values()),
+            routing.endpoints,
+            supervisor.signing,
+            supervisor.fleet.keys,
+            supervisor.fleet.registry.counts,
+        )
+        try:
+            asked = Asked(str(line), tuple(headers), str(body).encode(), bool(given.get("is_https", False)))
+            return web.json_response(explain(asked, state))
+        except UnicodeEncodeError as error:
+            raise web.HTTPUnprocessableEntity(text="what was asked is no text that can be sent") from error
+        except UsageError as error:
+            raise web.HTTPUnprocessableEntity(text=str(error)) from error
 
     async def _show_upgrade(self, _: web.Request) -> web.Response:
         return web.json_response(self._supervisor.upgrader.status)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.affinity.snapshot import AdminState, upstream_digest
 from stickyproxy.control.admin.body import read_body
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class StateApi:
         """Add the routes of the API."""
         router.add_get("/api/v1/state", self._show)
         router.add_put("/api/v1/clusters/{cluster}/upstreams/{upstream}/state", self._change)
+        router.add_put("/api/v1/upstreams/{upstream}/state", self._change)  # ids are those of the whole proxy
 
     async def _show(self, _: web.Request) -> web.Response:
         return web.json_response(self._readings.describe())
@@ -38,10 +39,13 @@ class StateApi:
     async def _change(self, request: web.Request) -> web.Response:
         if request.content_type != "application/json":
             raise web.HTTPUnsupportedMediaType(text="expected the content type application/json")
-        cluster, upstream_id = request.match_info["cluster"], request.match_info["upstream"]
-        if cluster != self._routing.snapshot.cluster:
+        upstream_id = request.match_info["upstream"]
+        cluster = request.match_info.get("cluster", self._routing.clusters.get(upstream_id))
+        if cluster is None:
+            raise web.HTTPNotFound(text=f"there is no upstream {upstream_id!r}")
+        if cluster not in self._routing.snapshots:
             raise web.HTTPNotFound(text=f"there is no cluster {cluster!r}")
-        upstream = self._find(upstream_id)
+        upstream = self._find(cluster, upstream_id)
         if upstream is None:
             raise web.HTTPNotFound(text=f"there is no upstream {upstream_id!r} in the cluster {cluster!r}")
         state = parse_admin_state(await request.read())
@@ -50,10 +54,11 @@ class StateApi:
         except ValueError as error:
             raise web.HTTPConflict(text=str(error)) from error
         await self._settle()  # whoever is told "done" may rely on it
-        return web.json_response(self._readings.describe_upstream(self._routing.snapshot.by_digest[upstream.digest]))
+        return web.json_response(self._readings.describe_upstream(self._find(cluster, upstream_id) or upstream))
 
-    def _find(self, upstream_id: str) -> Upstream | None:
-        return next((one for one in self._routing.snapshot.upstreams if one.id == upstream_id), None)
+    def _find(self, cluster: str, upstream_id: str) -> Upstream | None:
+        snapshot = self._routing.snapshots.get(cluster)
+        return None if snapshot is None else snapshot.by_digest.get(upstream_digest(upstream_id))
 
 
 def parse_admin_state(body: bytes) -> AdminState:

@@ -53,7 +53,7 @@ async def test_a_proxy_that_runs_is_alive_whatever_its_state(client: Client, rea
 async def test_readiness_follows_the_proxy_and_says_why(client: Client, readings: Readings, routing: Routing) -> None:
     response = await client.get("/readyz")
     assert (response.status, await response.text()) == (200, "ready\n")
-    for upstream in routing.snapshot.upstreams:
+    for upstream in routing.upstreams:
         routing.report(upstream.id, HealthEvent.REFUSED)
     response = await client.get("/readyz")
     assert response.status == 503

@@ -17,7 +17,7 @@ DRAIN = b'{"state": "drain"}'
 
 
 def is_drained(routing: Routing) -> bool:
-    return routing.snapshot.upstreams[0].admin is AdminState.DRAIN
+    return routing.upstreams[0].admin is AdminState.DRAIN
 
 
 # The token

@@ -15,7 +15,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from stickyproxy.affinity.snapshot import AdminState
-from stickyproxy.config import Admin, Config
+from stickyproxy.config import Admin, Config, load_text
 from stickyproxy.control.admin.app import make_app
 from stickyproxy.control.admin.auth import make_guard
 from stickyproxy.control.admin.state import parse_admin_state
@@ -36,7 +36,7 @@ def path_of(upstream_id: str, cluster: str = "default", *, safe: str = "") -> UR
 
 
 def admin_state(routing: Routing, upstream_id: str) -> AdminState:
-    return next(one.admin for one in routing.snapshot.upstreams if one.id == upstream_id)
+    return next(one.admin for one in routing.upstreams if one.id == upstream_id)
 
 
 async def test_the_state_is_shown(client: Client, readings: Readings) -> None:
@@ -210,3 +210,20 @@ def test_any_bytes_are_a_state_or_a_bad_request(body: bytes) -> None:
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5))
 def test_any_value_is_a_state_or_a_bad_request(value: object) -> None:
     assert refuses(lambda: parse_admin_state(json.dumps({"state": value}).encode())) == (value not in list(AdminState))
+
+
+async def test_an_upstream_is_found_without_its_cluster(client: Client, routing: Routing) -> None:
+    """Ids are those of the whole proxy."""
+    response = await client.put("/api/v1/upstreams/app-1/state", json={"state": "drain"})
+    assert (response.status, admin_state(routing, "app-1")) == (200, AdminState.DRAIN)
+    response = await client.put("/api/v1/upstreams/app-9/state", json={"state": "drain"})
+    assert (response.status, await response.json()) == (404, {"error": "there is no upstream 'app-9'"})
+
+
+async def test_an_upstream_of_another_cluster_is_not_found(client: Client, routing: Routing) -> None:
+    shop = "clusters: {shop: {upstreams: [{id: s, url: 'http://127.0.0.1:8101'}]}}\nroutes: [{path: /s, cluster: shop}]"
+    routing.reload(load_text(f"upstreams: [http://127.0.0.1:8001]\n{shop}", {}), {})
+    response = await client.put("/api/v1/clusters/default/upstreams/s/state", json={"state": "drain"})
+    assert response.status == 404
+    response = await client.put("/api/v1/clusters/shop/upstreams/s/state", json={"state": "drain"})
+    assert ((await response.json())["id"], admin_state(routing, "s")) == ("s", AdminState.DRAIN)

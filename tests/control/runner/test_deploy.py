@@ -1,12 +1,14 @@
 """A deploy decides which generation serves, and says how it stands."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from stickyproxy.affinity.snapshot import AdminState
+from stickyproxy.affinity.snapshot import AdminState, Snapshot
 from stickyproxy.control.runner.deploy import Deploy, DeployOptions
 from stickyproxy.control.runner.runner import Runner
+from stickyproxy.proxy.endpoint import Endpoint
 from tests.helpers.runner import running_app
 from tests.helpers.supervised import kill, open_tunnel, port_of, until
 
@@ -24,9 +26,9 @@ async def test_the_old_generation_serves_until_all_of_the_new_one_are_ready(tmp_
         seen: list[set[str]] = []
         publish = supervisor.routing._publish
 
-        def note(snapshot: object, endpoints: object) -> None:
-            seen.append({one.id for one in snapshot.upstreams if one.accepts_new})  # type: ignore[attr-defined]
-            publish(snapshot, endpoints)  # type: ignore[arg-type]
+        def note(snapshots: tuple[Snapshot, ...], endpoints: Mapping[str, Endpoint]) -> None:
+            seen.append({one.id for snapshot in snapshots for one in snapshot.upstreams if one.accepts_new})
+            publish(snapshots, endpoints)
 
         supervisor.routing._publish = note
         deploy = runner.begin_deploy(WATCHED)

@@ -26,7 +26,7 @@ async def test_the_first_process_is_enough_to_serve(tmp_path: Path) -> None:
         await until(lambda: states(runner) == {"g1-1": "ready", "g1-2": "ready", "g1-3": "ready"})
         ids = [seat.process.process_id for seat in runner.serving if seat.process]
         assert set(supervisor.routing.processes) == {"g1-1", "g1-2", "g1-3"}
-        assert {one.id for one in supervisor.routing.snapshot.upstreams} == {"g1-1", "g1-2", "g1-3"}
+        assert {one.id for one in supervisor.routing.upstreams} == {"g1-1", "g1-2", "g1-3"}
     assert [one for one in ids if is_running(one)] == []
 
 
