@@ -32,6 +32,7 @@ from tests.helpers.supervised import (
     App,
     File,
     Tunnel,
+    close_server,
     is_running,
     open_tunnel,
     pids,
@@ -325,7 +326,7 @@ async def test_an_upstream_begins_to_speak_tls(tmp_path: Path, apps: Apps) -> No
         assert await proxy.ask_all() == {"secure"}
         await proxy.reload(upstreams=[{"id": "secure", "url": f"https://{address}"}])  # nobody vouches for it
         assert (await proxy.ask()).status in {502, 503}
-    server.close()
+    await close_server(server)
 
 
 # Affinity

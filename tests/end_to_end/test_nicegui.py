@@ -84,17 +84,19 @@ def test_each_visitor_stays_with_one_process(visitors: Visitors, peer: Peer, fle
         assert peer.metric("tunnels_total") >= len(pages)
 
 
-def test_without_affinity_the_pages_reload(visitors: Visitors, round_robin: Peer) -> None:
-    """The control: this is what the other tests would see if affinity did not work."""
+def test_without_affinity_the_pages_break(visitors: Visitors, round_robin: Peer) -> None:
+    """The control: this is what the other tests would see if affinity did not work.
+
+    A page whose socket comes to another process reloads itself; one whose scripts come from there lacks some of them.
+    """
     pages = [CounterPage(visitors.new(round_robin.url)) for _ in range(VISITORS)]
     for page in pages:
         page.tab.page.goto(page.tab.site_url)
     tabs = [page.tab for page in pages]
-    tabs[0].wait_until(lambda: any(tab.page_loads > 1 for tab in tabs), "a page reloads itself")
-
-    reloaded = [tab for tab in tabs if tab.page_loads > 1]
-    print(f"reloaded: {len(reloaded)} of {VISITORS} visitors, {[tab.page_loads for tab in tabs]} page loads")
-    assert any("implicit handshake failed" in line for tab in reloaded for line in tab.console)
+    tabs[0].wait_until(
+        lambda: any(tab.page_loads > 1 or tab.bad_answers() for tab in tabs), "a page reloads itself or lacks a script"
+    )
+    print(f"{[tab.page_loads for tab in tabs]} page loads, {[len(tab.bad_answers()) for tab in tabs]} refusals")
 
 
 def test_polling_stays_too(visitors: Visitors, peer: Peer, fleet: Fleet) -> None:

@@ -34,6 +34,19 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
         raise AssertionError(f"after {DEADLINE_S:g} s still not: {what}") from None
 
 
+async def close_server(server: asyncio.Server) -> None:
+    """Close a server and wait until its connections have ended, those whose handshake failed too.
+
+    Python 3.11 waits for connections only where the wait began before the server was closed.
+    """
+
+    async def close() -> None:
+        server.close()
+
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(server.wait_closed(), close())
+
+
 def is_running(process_id: int) -> bool:
     """Say whether a process lives; one that has ended and that nobody has waited for does not."""
     stat = read_stat(process_id)
